@@ -1,0 +1,38 @@
+"""Mixture-of-Experts fine-tuning for the Hugging Face stack.
+
+Importing this package is cheap: it loads neither torch, transformers nor peft. It leaves a note for PEFT's import so
+that every loader (``PeftModel``, ``AutoPeftModel*``, ``AutoModel*.from_pretrained(adapter)``) knows our types, whichever
+package is imported first.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_moe_ext import registry
+
+if TYPE_CHECKING:
+    from hf_moe_ext.perft import PerftConfig, PerftModel, RouterLoadCallback, record_router_load
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "PerftConfig": "hf_moe_ext.perft",
+    "PerftModel": "hf_moe_ext.perft",
+    "RouterLoadCallback": "hf_moe_ext.perft",
+    "record_router_load": "hf_moe_ext.perft",
+}
+__all__ = ["PerftConfig", "PerftModel", "RouterLoadCallback", "__version__", "record_router_load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve public names on first use (PEP 562)."""
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+registry.install()
