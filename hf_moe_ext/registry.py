@@ -7,6 +7,7 @@ idempotently, on its last line; so nothing is loaded that the user did not load,
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import wrapt
 
@@ -30,3 +31,32 @@ def install() -> None:
 def _load_features(package: ModuleType) -> None:
     for name in FEATURES[package.__name__]:
         importlib.import_module(name)
+
+
+def register_tuner(peft_type: Any, config: type, tuner: Any) -> None:
+    """Enter a tuner in PEFT's tables; a second call with the same classes does nothing.
+
+    PEFT has no entry points, and its own ``register_peft_method`` takes only names of its closed enumeration. Loaders
+    look types up in three module-level tables, which a string-valued enumeration member fits.
+
+    Raises:
+        RuntimeError: another package holds the name.
+    """
+    from peft import mapping
+    from peft.utils.peft_types import PeftType, register_peft_method
+
+    name = peft_type.value
+    holder = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if holder is config:
+        return
+    if holder is not None:
+        raise RuntimeError(
+            f"the PEFT type {name!r} is already held by {holder.__module__}.{holder.__qualname__}, so hf_moe_ext cannot "
+            "register its own; uninstall one of the two packages, or upgrade hf_moe_ext if PEFT now ships this method"
+        )
+    if name in PeftType.__members__:  # should PEFT adopt the name without the method
+        register_peft_method(name=name.lower(), config_cls=config, model_cls=tuner, prefix=tuner.prefix)
+        return
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner.prefix

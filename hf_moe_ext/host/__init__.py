@@ -1,0 +1,1 @@
+"""The only place that knows how Transformers lays out its Mixture-of-Experts models."""

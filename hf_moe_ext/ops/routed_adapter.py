@@ -1,0 +1,137 @@
+"""``sum_n w[t, n] * B[i] act(A[i] h[t])`` with ``i = index[t, n]``: the one primitive under every PERFT variant.
+
+Two ways to the same numbers:
+
+* dense-masked: all experts' bottlenecks in one GEMM, the gate scattered over them, one GEMM back. No gather, no sort,
+  no data-dependent shape; ``4 tokens M r hidden`` FLOP and ``tokens * M * r`` activations.
+* grouped: token-expert pairs sorted by expert, two grouped GEMMs. ``4 tokens top_k r hidden`` FLOP, but it moves
+  ``tokens * top_k * hidden`` values through memory four times (gather, scatter, and both again backwards).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+Path = Literal["dense", "grouped"]
+
+# Dense-masked work per token is 4*M*r*hidden FLOP, grouped moves about 8*top_k*hidden values instead: hidden cancels,
+# so the choice hangs on M*r/top_k alone. On CPU (float32, hidden 128-2048) grouped_mm was 2-7x slower at M*r/top_k = 128
+# (64 experts, rank 16, top-8) and dense grows with M*r, which puts the crossing near 400; an accelerator at 300 FLOP per
+# byte crosses near 600. So dense serves R, D, S always and E up to about 256 experts of rank 16.
+DENSE_LIMIT = 512
+
+
+def choose_path(num_experts: int, rank: int, top_k: int, dtype: torch.dtype) -> Path:
+    """The cheaper path for these sizes; dense where the grouped GEMM cannot run (float64, or float32 under compile)."""
+    if num_experts * rank <= DENSE_LIMIT * top_k:
+        return "dense"
+    if dtype == torch.float64 or (torch.compiler.is_compiling() and dtype != torch.bfloat16):
+        return "dense"
+    return "grouped"
+
+
+def routed_adapter(
+    hidden: Tensor,
+    A: Tensor,
+    B: Tensor,
+    index: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    activation: Activation | None = None,
+    dropout: float = 0.0,
+    path: Path | None = None,
+) -> Tensor:
+    """Sum of the chosen adapters' outputs, weighted.
+
+    Args:
+        hidden: [tokens, hidden] block input.
+        A: [num_experts, r, hidden] down projections.
+        B: [num_experts, hidden, r] up projections.
+        index: [tokens, top_k] adapter ids; ids outside ``0..num_experts-1`` are sentinels and contribute nothing.
+            None: every adapter serves every token with weight 1.
+        weights: [tokens, top_k], given exactly when ``index`` is.
+        scale: factor on the result (``lora_alpha / r``).
+        activation: applied to the bottleneck (parallel adapter); None for LoRA.
+        dropout: probability; on the input of a LoRA adapter (one mask per token, shared by its experts), on the
+            bottleneck before the activation of a parallel adapter.
+        path: "dense" or "grouped"; None chooses.
+
+    Returns:
+        [tokens, hidden] in the dtype of ``hidden``. A and B are cast to it, as autocast would.
+
+    Raises:
+        ValueError: ``index`` without ``weights`` or the other way round.
+    """
+    if (index is None) != (weights is None):
+        raise ValueError("index and weights come together: pass both, or neither for all adapters with weight 1")
+    A, B = A.to(hidden.dtype), B.to(hidden.dtype)
+    if activation is None and dropout > 0:
+        hidden, dropout = F.dropout(hidden, dropout), 0.0
+    if index is None or weights is None:
+        return _dense(hidden, A, B, None, scale, activation, dropout)
+    num_experts, rank, _ = A.shape
+    weights = weights.to(hidden.dtype)
+    index = torch.where((index < 0) | (index > num_experts), num_experts, index)
+    if (path or choose_path(num_experts, rank, index.shape[1], hidden.dtype)) == "grouped":
+        return _grouped(hidden, A, B, index, weights, scale, activation, dropout)
+    gate = hidden.new_zeros(hidden.shape[0], num_experts + 1).scatter_add(1, index, weights)[:, :num_experts]
+    return _dense(hidden, A, B, gate, scale, activation, dropout)
+
+
+def _dense(
+    hidden: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, activation: Activation | None, dropout: float
+) -> Tensor:
+    num_experts, rank, width = A.shape
+    bottleneck = _activate(F.linear(hidden, A.reshape(num_experts * rank, width)), activation, dropout)
+    if gate is not None:
+        bottleneck = (bottleneck.view(-1, num_experts, rank) * gate[:, :, None]).view(-1, num_experts * rank)
+    # The scale goes on the small tensor, not on [tokens, hidden].
+    return (bottleneck * scale) @ B.transpose(1, 2).reshape(num_experts * rank, width)
+
+
+def _grouped(
+    hidden: Tensor,
+    A: Tensor,
+    B: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    scale: float,
+    activation: Activation | None,
+    dropout: float,
+) -> Tensor:
+    num_experts, rank, width = A.shape
+    top_k = index.shape[1]
+    # One more expert of zeros serves the sentinels, so that every row belongs to a group: the kernel leaves rows
+    # outside all groups uninitialised, forward and backward. The rank is padded to the 16 bytes the kernel asks for.
+    padding = -rank % (16 // hidden.element_size())
+    A, B = F.pad(A, (0, 0, 0, padding, 0, 1)), F.pad(B, (0, padding, 0, 0, 0, 1))
+    pair_expert, order = index.reshape(-1).sort(stable=True)
+    group_sizes = pair_expert.new_zeros(num_experts + 1).scatter_add(0, pair_expert, torch.ones_like(pair_expert))
+    ends = group_sizes.cumsum(0).to(torch.int32)
+
+    bottleneck = _grouped_matmul(hidden[order // top_k], A.transpose(1, 2), ends)
+    bottleneck = _activate(bottleneck, activation, dropout) * (weights.reshape(-1)[order] * scale)[:, None]
+    pairs = _grouped_matmul(bottleneck, B.transpose(1, 2), ends)
+    # Gather back and sum over choices: unlike index_add this is deterministic on an accelerator.
+    back = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
+    return pairs[back].view(hidden.shape[0], top_k, width).sum(dim=1)
+
+
+def _activate(bottleneck: Tensor, activation: Activation | None, dropout: float) -> Tensor:
+    if dropout > 0:
+        bottleneck = F.dropout(bottleneck, dropout)
+    return bottleneck if activation is None else activation(bottleneck)
+
+
+def _grouped_matmul(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """``rows[start:end] @ matrices[i]`` for each group; rows [pairs, in], matrices [groups, in, out], ends [groups]."""
+    aligned = all(size * rows.element_size() % 16 == 0 for size in matrices.shape[1:])
+    if aligned and rows.dtype != torch.float64:
+        return F.grouped_mm(rows, matrices, offs=ends)
+    starts = [0, *ends.tolist()]
+    return torch.cat([rows[a:b] @ matrix for a, b, matrix in zip(starts, starts[1:], matrices, strict=False)])

@@ -1,0 +1,96 @@
+"""Softmax top-k routing and the two auxiliary losses of a router.
+
+PERFT (arXiv 2411.08212) routes with a softmax over all ``M`` experts taken before top-k; the load-balance loss is that
+of the Switch Transformer (arXiv 2101.03961, eq. 4-6) as PERFT's training code pools it: over all layers first, padding
+masked. Its value at perfect balance is ``top_k``, not 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RouterSums(NamedTuple):
+    """The sums over counted tokens from which both auxiliary losses are computed.
+
+    Sums, not means, so that layers (and processes) are pooled by addition.
+
+    Attributes:
+        counts: [num_experts] tokens sent to each expert, over all choices; carries no gradient.
+        probabilities: [num_experts] summed softmax probabilities.
+        squared_lse: [] summed squared log-sum-exp of the logits.
+        tokens: [] number of counted (layer, token) pairs.
+    """
+
+    counts: Tensor
+    probabilities: Tensor
+    squared_lse: Tensor
+    tokens: Tensor
+
+    def __add__(self, other: "RouterSums") -> "RouterSums":  # type: ignore[override]
+        return RouterSums(*(a + b.to(a.device) for a, b in zip(self, other, strict=True)))
+
+    def detach(self) -> "RouterSums":
+        return RouterSums(*(value.detach() for value in self))
+
+
+@torch.no_grad()
+def choose_experts(logits: Tensor, top_k: int) -> Tensor:
+    """[tokens, top_k] ids of the largest logits [tokens, num_experts], best first, ties to the lowest id."""
+    # A stable sort instead of topk: topk breaks ties as it likes, and a recomputed forward (gradient checkpointing)
+    # must choose the same experts as the first one.
+    return logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+
+
+def expert_weights(logits: Tensor, index: Tensor, normalize: bool) -> Tensor:
+    """Softmax probabilities, taken over all experts, of the chosen ones.
+
+    Args:
+        logits: [tokens, num_experts].
+        index: [tokens, top_k] chosen experts.
+        normalize: divide them by their sum.
+
+    Returns:
+        [tokens, top_k] in the logits' dtype.
+    """
+    weights = logits.softmax(dim=-1).gather(-1, index)
+    return weights / weights.sum(dim=-1, keepdim=True) if normalize else weights
+
+
+def router_sums(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> RouterSums:
+    """Sum what the auxiliary losses need over the tokens of one layer.
+
+    Args:
+        logits: [tokens, num_experts].
+        index: [tokens, top_k] chosen experts.
+        mask: [tokens], True where a token counts (no padding); None counts all.
+    """
+    keep = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits.dtype)
+    with torch.no_grad():
+        counts = torch.zeros_like(logits[0]).scatter_add(
+            0, index.reshape(-1), keep[:, None].expand(-1, index.shape[1]).reshape(-1)
+        )
+    probabilities = (logits.softmax(dim=-1) * keep[:, None]).sum(dim=0)
+    squared_lse = (logits.logsumexp(dim=-1).square() * keep).sum()
+    return RouterSums(counts, probabilities, squared_lse, keep.sum())
+
+
+def load_balance_loss(counts: Tensor, probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """``M * sum_i f[i] P[i]``: ``f`` the share of tokens choosing expert i (summed over choices), ``P`` its mean probability.
+
+    Args:
+        counts: [num_experts] tokens per expert.
+        probabilities: [num_experts] summed softmax probabilities.
+        tokens: [] number of (layer, token) pairs; none at all gives 0.
+
+    Returns:
+        A scalar: ``top_k`` at perfect balance, ``M`` times the largest probability mass at collapse.
+    """
+    tokens = tokens.clamp(min=1)
+    return counts.shape[0] * ((counts / tokens) * (probabilities / tokens)).sum()
+
+
+def router_z_loss(squared_lse: Tensor, tokens: Tensor) -> Tensor:
+    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return squared_lse / tokens.clamp(min=1)

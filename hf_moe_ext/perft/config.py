@@ -1,0 +1,209 @@
+"""``PerftConfig``: what a PERFT adapter is, checked when it is built."""
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.version import Version
+from peft.config import PeftConfig
+
+import hf_moe_ext
+from hf_moe_ext.perft import adapter_files
+
+logger = logging.getLogger(__name__)
+
+VARIANTS = ("R", "E", "D", "S")
+ADAPTERS = ("lora", "parallel")
+
+
+class PerftType(str, Enum):
+    """PEFT's own enumeration is closed to other packages; equal to its string, this one resolves in PEFT's tables."""
+
+    PERFT = "PERFT"
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PerftConfig(PeftConfig):
+    """Configuration of a PERFT adapter (arXiv 2411.08212): routed adapters beside the experts of an MoE model.
+
+    Fields left at None take the variant's default; a field that means nothing for the variant is refused.
+
+    Args:
+        variant: "R" routes each token to ``top_k`` of ``num_experts`` adapters by a router of its own; "E" gives every
+            base expert an adapter and reuses the base router; "D" adds ``num_experts`` adapters for every token; "S"
+            adds one.
+        adapter: "lora": ``alpha/r * B(A h)``; "parallel": ``W2 silu(W1 h)``, scale 1.
+        r: bottleneck width of every adapter.
+        lora_alpha: the LoRA scale is ``lora_alpha / r``.
+        lora_dropout: dropout on the adapter's input (lora) or on its bottleneck (parallel).
+        num_experts: number of adapters per layer (R and D; default 4).
+        top_k: adapters per token (R; default 2, or 1 with one adapter).
+        normalize_top_k: R: divide the chosen weights by their sum. None follows the base model's router (see
+            ``hf_moe_ext.host.families``), but never at ``top_k=1``, where it would cut the router's gradient.
+        router_aux_loss_coef: R: weight of the adapter router's load-balance loss (default 0.01).
+        router_z_loss_coef: R: weight of its z-loss (default 0).
+        init_weights: True: Kaiming-uniform A per expert, B zero (the adapter starts as a no-op); False: B random too
+            (for tests); "paper": the authors' A ~ N(0, sqrt(2/r)), B ~ N(0, 1e-6).
+        target_modules: names (or a regular expression) of ``experts`` modules; None: every MoE block.
+        exclude_modules: names (or a regular expression) of ``experts`` modules to leave out.
+        layers_to_transform: layer indices to adapt; None: all.
+        layers_pattern: name of the layer list, where it is not a common one.
+        rank_pattern: module name or regular expression -> r.
+        alpha_pattern: module name or regular expression -> lora_alpha.
+        bias: "none", or "all" to train (and save) every bias of the base model.
+        modules_to_save: further modules to train whole and save with the adapter.
+        trainable_token_indices: token ids whose embeddings are trained and saved.
+        hf_moe_ext_version: version that wrote the file; filled in.
+
+    Raises:
+        ValueError: for every combination that means nothing; the message says what to write instead.
+    """
+
+    variant: Literal["R", "E", "D", "S"] = _field("R", "R own router, E base router, D dense, S single")
+    adapter: Literal["lora", "parallel"] = _field("lora", "lora: alpha/r B(A h); parallel: W2 silu(W1 h)")
+    r: int = _field(16, "Bottleneck width of every adapter.")
+    lora_alpha: float = _field(32, "The LoRA scale is lora_alpha / r.")
+    lora_dropout: float = _field(0.0, "Dropout probability in the adapters.")
+    num_experts: int | None = _field(None, "Adapters per layer (R and D). Default 4.")
+    top_k: int | None = _field(None, "Adapters per token (R). Default 2.")
+    normalize_top_k: bool | None = _field(None, "R: renormalise the chosen weights. None: as the base router does.")
+    router_aux_loss_coef: float | None = _field(None, "R: weight of the load-balance loss. Default 0.01.")
+    router_z_loss_coef: float | None = _field(None, "R: weight of the z-loss. Default 0.")
+    init_weights: bool | Literal["paper"] = _field(True, "True: no-op at birth; False: random (tests); 'paper'.")
+    target_modules: list[str] | str | None = _field(None, "experts modules to adapt. None: every MoE block.")
+    exclude_modules: list[str] | str | None = _field(None, "experts modules to leave out.")
+    layers_to_transform: list[int] | int | None = _field(None, "Layer indices to adapt. None: all.")
+    layers_pattern: list[str] | str | None = _field(None, "Name of the layer list, with layers_to_transform.")
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> r."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module pattern -> lora_alpha."})
+    bias: Literal["none", "all"] = _field("none", "'all' also trains every bias of the base model.")
+    modules_to_save: list[str] | None = _field(None, "Further modules to train whole and save.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(None, "Token embeddings to train.")
+    hf_moe_ext_version: str | None = _field(None, "Version that wrote the file; filled in.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PerftType.PERFT  # type: ignore[assignment]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT config holds it
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        _check_choices(self)
+        _check_sizes(self)
+        if self.variant == "R":
+            _resolve_router(self)
+        else:
+            _refuse_router(self)
+        _check_version(self)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` and put the loading snippet on top of the folder's README.md.
+
+        Raises:
+            ValueError: the weights beside it were written as a pickle.
+        """
+        adapter_files.refuse_pickle(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
+        adapter_files.write_loading_snippet(Path(save_directory), self.base_model_name_or_path)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the configuration of a saved adapter.
+
+        Raises:
+            ValueError: the folder holds a pickled adapter and no safetensors.
+        """
+        adapter_files.refuse_pickle(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _check_choices(config: PerftConfig) -> None:
+    for name, allowed in (("variant", VARIANTS), ("adapter", ADAPTERS), ("bias", ("none", "all"))):
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"PerftConfig: {name} must be one of {', '.join(allowed)}; got {value!r}")
+    if config.init_weights not in (True, False, "paper"):
+        raise ValueError(f"PerftConfig: init_weights must be True, False or 'paper'; got {config.init_weights!r}")
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        raise ValueError("PerftConfig: layers_pattern names the list for layers_to_transform; set that too")
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str):
+        raise ValueError(
+            "PerftConfig: layers_to_transform works with target_modules as a list of names; "
+            f"a regular expression ({config.target_modules!r}) can name the layers itself"
+        )
+
+
+def _check_sizes(config: PerftConfig) -> None:
+    for rank in (config.r, *config.rank_pattern.values()):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"PerftConfig: r must be a whole number of at least 1; got {rank!r}")
+    if not 0 <= config.lora_dropout < 1:
+        raise ValueError(f"PerftConfig: lora_dropout is a probability in [0, 1); got {config.lora_dropout!r}")
+    if not config.lora_alpha > 0:
+        raise ValueError(f"PerftConfig: lora_alpha must be positive; got {config.lora_alpha!r}")
+    if config.adapter == "parallel" and (config.lora_alpha != 32 or config.alpha_pattern):
+        warnings.warn("PerftConfig: lora_alpha has no effect on adapter='parallel', whose scale is 1", stacklevel=4)
+
+
+def _resolve_router(config: PerftConfig) -> None:
+    config.num_experts = 4 if config.num_experts is None else config.num_experts
+    config.top_k = min(2, max(config.num_experts, 1)) if config.top_k is None else config.top_k
+    if config.num_experts < 1:
+        raise ValueError(f"PerftConfig: num_experts must be at least 1; got {config.num_experts}")
+    if not 1 <= config.top_k <= config.num_experts:
+        raise ValueError(
+            f"PerftConfig: top_k must be between 1 and num_experts={config.num_experts}; got {config.top_k}. "
+            "Lower top_k or raise num_experts"
+        )
+    if config.normalize_top_k and config.top_k == 1:
+        raise ValueError(
+            "PerftConfig: normalize_top_k=True with top_k=1 makes every weight 1, so the router never learns from the "
+            "model's loss; leave it out (None) or write False"
+        )
+    for name, default in (("router_aux_loss_coef", 0.01), ("router_z_loss_coef", 0.0)):
+        value = getattr(config, name)
+        setattr(config, name, default if value is None else value)
+        if getattr(config, name) < 0:
+            raise ValueError(f"PerftConfig: {name} must be at least 0; got {value}")
+    if config.num_experts == 1:
+        warnings.warn(
+            "PerftConfig: variant='R' with num_experts=1 gives the one adapter weight 1, so its router learns nothing; "
+            "it equals variant='S', which saves the router",
+            stacklevel=4,
+        )
+
+
+def _refuse_router(config: PerftConfig) -> None:
+    variant = config.variant
+    for name in ("top_k", "normalize_top_k", "router_aux_loss_coef", "router_z_loss_coef"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"PerftConfig: {name} belongs to the router of variant='R'; variant={variant!r} has none. "
+                f"Leave {name} out, or choose variant='R'"
+            )
+    if variant == "D":
+        config.num_experts = 4 if config.num_experts is None else config.num_experts
+        if config.num_experts < 1:
+            raise ValueError(f"PerftConfig: num_experts must be at least 1; got {config.num_experts}")
+    elif config.num_experts is not None:
+        instead = "has one adapter per base expert" if variant == "E" else "has a single adapter; for several use 'D'"
+        raise ValueError(f"PerftConfig: num_experts={config.num_experts} means nothing here: variant={variant!r} {instead}")
+
+
+def _check_version(config: PerftConfig) -> None:
+    ours = Version(hf_moe_ext.__version__)
+    if config.hf_moe_ext_version is None:
+        config.hf_moe_ext_version = hf_moe_ext.__version__
+    elif Version(config.hf_moe_ext_version).release[:2] > ours.release[:2]:
+        warnings.warn(
+            f"this PERFT adapter was written by hf_moe_ext {config.hf_moe_ext_version}, newer than the installed {ours}; "
+            "upgrade hf_moe_ext if it does not load",
+            stacklevel=4,
+        )

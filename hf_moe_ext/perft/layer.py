@@ -1,0 +1,246 @@
+"""``PerftLayer``: the one tuner layer. It wraps a block's ``experts`` and adds the adapters to their output.
+
+The way of a token: the block's router (frozen, full width) sends ``(hidden_states, index, weights)`` to this layer, which
+returns ``base_layer(...) + routed_adapter(hidden_states, idx, w)``. The variants differ only in where ``idx, w`` come
+from: R its own router; E the arguments themselves; D and S all adapters with weight 1.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hf_moe_ext.host.blocks import ExpertsSite
+from hf_moe_ext.ops.routed_adapter import routed_adapter
+from hf_moe_ext.ops.routing import choose_experts, expert_weights
+from hf_moe_ext.perft.config import PerftConfig
+from hf_moe_ext.perft.state import PerftState
+from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, anchor_router, warn_no_weight
+
+MERGE_REFUSAL = (
+    "PERFT adapters cannot be merged: they add a routed term to the block's output that no base weight can hold; "
+    "keep the adapter beside the model (it loads and generates unmerged), or call unload() for the bare base model"
+)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What the layer must remember of one adapter's configuration, resolved against its block."""
+
+    variant: str
+    kind: str
+    num_experts: int
+    rank: int
+    scale: float
+    dropout: float
+    top_k: int = 0
+    normalize: bool = False
+    coefficients: RouterCoefficients = field(default_factory=RouterCoefficients)
+
+
+class PerftLayer(nn.Module, BaseTunerLayer):
+    """Wraps the ``experts`` of one block.
+
+    Parameters, one per adapter name: ``perft_A`` [num_experts, r, hidden], ``perft_B`` [num_experts, hidden, r],
+    ``perft_router`` [num_experts, hidden] (R only). They are float32 whatever the base model's precision.
+    """
+
+    adapter_layer_names = ("perft_A", "perft_B", "perft_router")
+    other_param_names = ("settings",)
+
+    def __init__(self, base_layer: nn.Module, site: ExpertsSite, state: PerftState) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.perft_A = nn.ParameterDict()
+        self.perft_B = nn.ParameterDict()
+        self.perft_router = nn.ParameterDict()
+        self.settings: dict[str, AdapterSettings] = {}
+        self.state = state
+        self.site_name = site.name
+        self.in_features = self.out_features = site.hidden_size
+        self.base_num_experts = site.num_experts
+        self._arguments = (site.index_name, site.weights_name)
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(self, name: str, settings: AdapterSettings, init_weights: bool | str) -> None:
+        """Add or replace the adapter ``name``."""
+        device, dtype = _parameter_device_and_dtype(self.get_base_layer())
+        num_experts, rank, hidden_size = settings.num_experts, settings.rank, self.in_features
+        self.settings[name] = settings
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.perft_A[name] = empty(num_experts, rank, hidden_size)
+        self.perft_B[name] = empty(num_experts, hidden_size, rank)
+        if settings.variant == "R":
+            self.perft_router[name] = empty(num_experts, hidden_size)
+        self.reset_parameters(name, init_weights)
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters)
+
+    @torch.no_grad()
+    def reset_parameters(self, name: str, init_weights: bool | str) -> None:
+        """Initialise the adapter ``name``; see ``PerftConfig.init_weights``."""
+        A, B = self.perft_A[name], self.perft_B[name]
+        _, rank, hidden_size = A.shape
+        if init_weights == "paper":
+            A.normal_(0.0, math.sqrt(2.0 / rank))
+            B.normal_(0.0, 1e-6)
+        else:
+            # Kaiming-uniform(a=sqrt 5) of one expert's slice; on the stacked tensor torch would take r*hidden for the
+            # fan-in and start a factor sqrt(r) too small.
+            A.uniform_(-1.0, 1.0).mul_(1.0 / math.sqrt(hidden_size))
+            if init_weights:
+                B.zero_()
+            else:
+                B.uniform_(-1.0, 1.0).mul_(1.0 / math.sqrt(rank))
+        if name in self.perft_router:
+            self.perft_router[name].normal_(0.0, 0.02)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The experts' output plus the active adapters'; hidden_states [tokens, hidden], as the experts take them."""
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        if self.disable_adapters:
+            return output
+        rows = self._compute_rows(hidden_states)
+        index, weights = self._base_routing(args, kwargs)
+        tape = self.state.current_tape()
+        if tape is not None and tape.row_adapters is not None:
+            delta = self._mixed_delta(tape, rows, index, weights)
+        else:
+            delta = None
+            for name in self.active_adapters:
+                if name in self.settings:
+                    part = self._delta(name, rows, index, weights, tape)
+                    delta = part if delta is None else delta + part
+        return output if delta is None else output + delta.to(output.dtype).view_as(output)
+
+    def _delta(self, name: str, rows: Tensor, index: Tensor, weights: Tensor, tape: ForwardTape | None) -> Tensor:
+        settings = self.settings[name]
+        idx: Tensor | None
+        w: Tensor | None
+        if settings.variant == "R":
+            idx, w = self._route(name, rows, tape)
+        elif settings.variant == "E":
+            idx, w = index, weights
+        else:
+            idx, w = None, None
+        return routed_adapter(
+            rows,
+            self.perft_A[name],
+            self.perft_B[name],
+            idx,
+            w,
+            scale=settings.scale,
+            activation=F.silu if settings.kind == "parallel" else None,
+            dropout=settings.dropout if self.training else 0.0,
+        )
+
+    def _route(self, name: str, rows: Tensor, tape: ForwardTape | None) -> tuple[Tensor, Tensor]:
+        settings, router = self.settings[name], self.perft_router[name]
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, router.dtype), torch.float32)
+        # Autocast would run a float32 linear in bfloat16, where near ties of a small router flip.
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = F.linear(rows.to(dtype), router.to(dtype))
+            index = choose_experts(logits, settings.top_k)
+            if tape is not None:
+                if tape is self.state.tape:  # once: not when gradient checkpointing recomputes the layer
+                    tape.add_router(name, self.site_name, logits, index, settings.coefficients)
+                if tape.training and settings.coefficients and not torch.compiler.is_compiling():
+                    logits = anchor_router(logits, index, tape, name)
+            elif self.training and torch.is_grad_enabled() and settings.coefficients:
+                warn_no_weight()
+            return index, expert_weights(logits, index, settings.normalize)
+
+    def _mixed_delta(self, tape: ForwardTape, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        names = tape.row_adapters or []
+        tokens, remainder = divmod(rows.shape[0], len(names))
+        if remainder:
+            raise ValueError(
+                f"adapter_names: the experts of {self.site_name} received {rows.shape[0]} tokens, which is no multiple of "
+                f"the {len(names)} rows of the batch; this model drops or packs tokens, so run one adapter at a time"
+            )
+        delta = torch.zeros_like(rows)
+        for name in sorted(set(names) & set(self.settings)):
+            chosen = torch.tensor([row == name for row in names], device=rows.device).repeat_interleave(tokens)
+            delta[chosen] = self._delta(name, rows[chosen], index[chosen], weights[chosen], None)
+        return delta
+
+    def _compute_rows(self, hidden_states: Tensor) -> Tensor:
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        device = rows.device.type
+        if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
+            # grouped_mm is no autocast operation; without this the adapters would run in float32.
+            rows = rows.to(torch.get_autocast_dtype(device))
+        return rows
+
+    def _base_routing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        return given[self._arguments[0]], given[self._arguments[1]]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: a routed term has no place in the base weights."""
+        raise ValueError(MERGE_REFUSAL)
+
+    def unmerge(self) -> None:
+        """Refuse: nothing was ever merged."""
+        raise ValueError(MERGE_REFUSAL)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        # PEFT looks for a `weight`, which no experts module has, and would leave adapters on the CPU. No dtype: they
+        # stay float32 beside a base in bfloat16.
+        return _parameter_device_and_dtype(base_layer)[0], None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT has filtered these keys already where ignore_mismatched_sizes asks for that.
+        for key, parameter in self.named_parameters():
+            value = state_dict.get(prefix + key)
+            if key.startswith("perft_") and value is not None and value.shape != parameter.shape:
+                name = key.rpartition(".")[2]
+                self.state.detach(name)
+                raise ValueError(
+                    f"adapter file: {prefix + key} has shape {tuple(value.shape)}, but this model with this configuration "
+                    f"needs {tuple(parameter.shape)}; load it on the base model it was trained for"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {s.variant} {s.kind} {s.num_experts}x r={s.rank}" for name, s in self.settings.items())
+
+
+def resolve_settings(config: PerftConfig, rank: int, alpha: float, base_num_experts: int, normalize: bool) -> AdapterSettings:
+    """Settings of one adapter on one block.
+
+    Args:
+        config: the adapter's configuration.
+        rank: its r on this block (``rank_pattern`` applied).
+        alpha: its lora_alpha on this block.
+        base_num_experts: experts of the block; E has as many adapters.
+        normalize: R: whether weights are renormalised (``normalize_top_k`` or the base model's rule).
+    """
+    num_experts = {"E": base_num_experts, "S": 1}.get(config.variant, config.num_experts or 1)
+    return AdapterSettings(
+        variant=config.variant,
+        kind=config.adapter,
+        num_experts=num_experts,
+        rank=rank,
+        scale=alpha / rank if config.adapter == "lora" else 1.0,
+        dropout=config.lora_dropout,
+        top_k=config.top_k or 0,
+        normalize=normalize,
+        coefficients=RouterCoefficients(config.router_aux_loss_coef or 0.0, config.router_z_loss_coef or 0.0),
+    )
+
+
+def _parameter_device_and_dtype(experts: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+    """Where adapters of these experts live, and their dtype: float32, or float64 beside a float64 base."""
+    parameter = next(experts.parameters(), None)
+    if parameter is None:
+        return None, torch.float32
+    return parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32

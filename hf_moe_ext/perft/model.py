@@ -1,0 +1,240 @@
+"""``PerftModel``: finds the blocks, checks everything before a module is touched, then wraps their experts."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from hf_moe_ext.host.blocks import ExpertsSite, explain_no_blocks, iterate_experts, read_experts
+from hf_moe_ext.host.families import FAMILIES, normalizes_top_k
+from hf_moe_ext.perft.config import PerftConfig
+from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
+from hf_moe_ext.perft.report import describe_trainable
+from hf_moe_ext.perft.state import PerftState
+
+logger = logging.getLogger(__name__)
+
+
+class PerftModel(BaseTuner):
+    """The PEFT tuner of PERFT; made by ``get_peft_model(model, PerftConfig(...))``.
+
+    Attaching is all or nothing: what cannot be served is refused before the model is changed.
+    """
+
+    prefix: str = "perft_"
+    tuner_layer_cls = PerftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - BaseTuner's name; blocks are found by structure
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach one adapter; see ``BaseTuner.inject_adapter``.
+
+        Raises:
+            ValueError: no MoE block, a target that is no experts module, or a base router whose rule is unknown.
+        """
+        config = self.peft_config[adapter_name]
+        if getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
+            self._resolve_targets(model, config)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            state = find_state(model)
+            if state is not None:
+                state.detach(adapter_name)
+            raise
+        logger.info("PERFT adapter %r attached.\n%s", adapter_name, describe_trainable(model, adapter_name))
+
+    def _resolve_targets(self, model: nn.Module, config: PerftConfig) -> None:
+        """Fill ``target_modules`` and refuse what cannot be served, before anything is changed."""
+        sites = {site.name: site for site in iterate_experts(model)}
+        if not sites:
+            raise NoMatchingPeftModuleError(
+                f"{explain_no_blocks(model)}; supported: every family whose experts take (hidden_states, index, weights), "
+                f"such as {', '.join(sorted(FAMILIES)[:12])}, ..."
+            )
+        names = [name for name, _ in model.named_modules()]
+        if config.target_modules is None:
+            config.target_modules = _shortest_names(list(sites), names)  # type: ignore[assignment]
+        inside = tuple(f"{name}." for name in sites)
+        matched = [n for n in names if not n.startswith(inside) and self._check_target_module_exists(config, n)]
+        foreign = [name for name in matched if name not in sites]
+        if foreign:
+            kind = type(model.get_submodule(foreign[0])).__name__
+            raise ValueError(
+                f"PerftConfig: target_modules matches {foreign[0]!r} ({kind}), which is not the experts module of a MoE "
+                f"block; leave target_modules out to adapt every block, or name some of: {', '.join(sites)}"
+            )
+        if not matched:
+            raise NoMatchingPeftModuleError(
+                f"PerftConfig: no experts module is left by target_modules={config.target_modules!r}, "
+                f"exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}, "
+                f"layers_pattern={config.layers_pattern!r}; this model has: {', '.join(sites)}"
+            )
+        for name in matched:
+            self._settings(config, name, sites[name])  # raises here rather than half-way
+
+    def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict[str, Any]) -> PerftConfig:
+        return peft_config
+
+    @staticmethod
+    def _settings(config: PerftConfig, name: str, site: ExpertsSite) -> AdapterSettings:
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        normalize = False
+        if config.variant == "R" and config.top_k != 1:
+            normalize = normalizes_top_k(site.experts) if config.normalize_top_k is None else config.normalize_top_k
+        return resolve_settings(config, rank, alpha, site.num_experts, normalize)
+
+    def _create_and_replace(
+        self,
+        peft_config: PerftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        site = read_experts(current_key, target)
+        if site is None:
+            raise ValueError(f"{current_key!r} ({type(target).__name__}) is not the experts module of a MoE block")
+        if isinstance(target, PerftLayer):
+            layer = target
+        else:
+            state = find_state(self.model) or PerftState(self.model)
+            layer = PerftLayer(target, site, state)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # an additional adapter is not trainable by itself
+            self._replace_module(parent, target_name, layer, target)
+            state.sites.append((parent, target_name))
+        layer.update_layer(adapter_name, self._settings(peft_config, current_key, site), peft_config.init_weights)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT would copy `weight` and move the adapter to its device; experts have none, and the layer has placed itself.
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Serve ``adapter_names``: one adapter name (or "__base__") per row of the batch, at inference."""
+        names = kwargs.get("adapter_names")
+        state = find_state(self.model)
+        if names is None or state is None:
+            yield
+            return
+        names = self._check_adapter_names(names)
+        repeats = _rows_per_name(kwargs)
+        handles = [
+            module.register_forward_pre_hook(_pass_adapter_names(names), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        state.row_adapters, state.rows_per_name = names, repeats
+        try:
+            yield
+        finally:
+            state.row_adapters, state.rows_per_name = None, (1,)
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Any) -> list[str]:
+        if not isinstance(names, list | tuple):
+            raise TypeError(f"adapter_names must be a list with one name per row of the batch; got {type(names).__name__}")
+        if self.training:
+            raise ValueError("adapter_names mixes adapters at inference only; call model.eval(), or train one at a time")
+        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise ValueError(f"adapter_names: no adapter {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}, __base__")
+        return list(names)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(MERGE_REFUSAL)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the sum of two routed adapters is not a routed adapter of the same size."""
+        raise ValueError(
+            "PERFT adapters cannot be averaged into one: their routers choose differently per token; activate several "
+            "at once with model.base_model.set_adapter([...]), which adds their outputs"
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        state = find_state(self.model)
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if state is not None:
+            state.remove_hooks()
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PerftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        known = model.state_dict().keys()
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        expected = _filter_state_dict_by_key_prefixes(dict.fromkeys(known), prefixes).keys()
+        peft_prefix = "base_model.model."
+        missing = [key for key in expected if key not in remapped]
+        extra = [key for key in remapped if key not in known and key.removeprefix(peft_prefix) not in known]
+        if missing or extra:
+            state = find_state(model)
+            if state is not None:
+                state.detach(adapter_name)
+            raise ValueError(_describe_keys(missing, extra))
+        return remapped
+
+
+def find_state(model: nn.Module) -> PerftState | None:
+    """What the PERFT layers of a model share; None if it has none."""
+    return next((module.state for module in model.modules() if isinstance(module, PerftLayer)), None)
+
+
+def _shortest_names(targets: list[str], names: list[str]) -> set[str]:
+    """The last name of the targets (usually just "experts") where it names nothing else, else their full names."""
+    tails = {target.rpartition(".")[2] for target in targets}
+    tunable = [n for n in names if not n.startswith(tuple(f"{target}." for target in targets))]
+    hit = {name for name in tunable if name.rpartition(".")[2] in tails}
+    return tails if hit == set(targets) else set(targets)
+
+
+def _rows_per_name(kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """How many rows generate makes of one: itself in a forward, num_beams or num_return_sequences in generate."""
+    generation = kwargs.get("generation_config")
+    counts = {1}
+    for key in ("num_beams", "num_return_sequences"):
+        counts.add(int(kwargs.get(key) or getattr(generation, key, None) or 1))
+    return tuple(sorted(counts))
+
+
+def _pass_adapter_names(names: list[str]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        repeat = 1 if rows is None else max(1, rows.shape[0] // len(names))
+        return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeat)]}
+
+    return hook
+
+
+def _describe_keys(missing: list[str], extra: list[str]) -> str:
+    parts = [
+        f"{label} {len(keys)} tensors ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+        for label, keys in (("lacks", missing), ("has", extra))
+        if keys
+    ]
+    reason = " and ".join(parts)
+    return (
+        f"adapter file does not fit this model and configuration: it {reason}"
+        f"{' that do not belong here' if extra else ''}; load it on the base model it was trained for, with the "
+        "adapter_config.json it was saved with"
+    )
+
+

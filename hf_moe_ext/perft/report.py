@@ -1,0 +1,79 @@
+"""What a PERFT adapter trains, per module, with counts: shown when it is attached and by ``hf-moe doctor``."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_moe_ext.host.families import active_experts
+from hf_moe_ext.perft.layer import PerftLayer
+
+
+@dataclass(frozen=True)
+class TrainableRow:
+    """One adapted module.
+
+    Attributes:
+        module: path of the experts module.
+        tensors: name -> shape of its adapter tensors.
+        total: parameters stored.
+        active: parameters one token uses (router included); None where the base model's top-k is unknown.
+    """
+
+    module: str
+    tensors: dict[str, tuple[int, ...]]
+    total: int
+    active: int | None
+
+
+def trainable_rows(model: nn.Module, adapter: str = "default") -> list[TrainableRow]:
+    """One row per module that carries the adapter, in layer order.
+
+    Per layer, with a = 2*hidden*r: S a; D M*a; R M*a + M*hidden stored, N*a + M*hidden active; E E*a stored, K*a active.
+    """
+    rows = []
+    for layer in model.modules():
+        if not isinstance(layer, PerftLayer) or adapter not in layer.settings:
+            continue
+        settings = layer.settings[adapter]
+        tensors = {
+            name: tuple(getattr(layer, name)[adapter].shape)
+            for name in layer.adapter_layer_names
+            if adapter in getattr(layer, name)
+        }
+        one = 2 * layer.in_features * settings.rank
+        router = layer.in_features * settings.num_experts if settings.variant == "R" else 0
+        used = {"R": settings.top_k, "E": active_experts(layer.get_base_layer())}.get(settings.variant, settings.num_experts)
+        rows.append(
+            TrainableRow(
+                layer.site_name,
+                tensors,
+                total=one * settings.num_experts + router,
+                active=None if used is None else one * used + router,
+            )
+        )
+    return rows
+
+
+def count_trainable(model: nn.Module, adapter: str = "default") -> tuple[int, int | None]:
+    """(stored, active) parameters of the adapter over all layers; active None where unknown."""
+    rows = trainable_rows(model, adapter)
+    active = [row.active for row in rows]
+    return sum(row.total for row in rows), None if None in active else sum(a for a in active if a is not None)
+
+
+def describe_trainable(model: nn.Module, adapter: str = "default") -> str:
+    """The rows as text, with the totals and what else of the model trains."""
+    rows = trainable_rows(model, adapter)
+    lines = [
+        f"  {row.module}: "
+        + ", ".join(f"{name} {list(shape)}" for name, shape in row.tensors.items())
+        + f" = {row.total:,} parameters"
+        + ("" if row.active is None else f", {row.active:,} active per token")
+        for row in rows
+    ]
+    total, active = count_trainable(model, adapter)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and "perft_" not in name]
+    lines.append(f"  {total:,} parameters in {len(rows)} modules" + ("" if active is None else f", {active:,} active per token"))
+    if others:
+        lines.append(f"  also trainable: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
+    return "\n".join(lines)

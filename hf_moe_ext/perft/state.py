@@ -1,0 +1,180 @@
+"""What the PERFT layers of one model share, and the hooks on the model that fill it. Nothing here is a parameter."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_moe_ext.host.families import loss_shifts_labels
+from hf_moe_ext.perft.tape import ForwardTape, anchor_loss
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+
+
+class PerftState:
+    """Shared by the layers of one model.
+
+    Attributes:
+        tape: the forward pass under way; None outside of one, or when nothing needs it.
+        backward_tape: the pass whose backward is under way.
+        row_adapters: adapter names of a mixed batch, set for the duration of a call.
+        recorders: called with each finished tape.
+        sites: (parent module, attribute) of every wrapped experts module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tape: ForwardTape | None = None
+        self.backward_tape: ForwardTape | None = None
+        self.row_adapters: list[str] | None = None
+        self.rows_per_name: tuple[int, ...] = (1,)
+        self.recorders: list[Callable[[ForwardTape], None]] = []
+        self.sites: list[tuple[nn.Module, str]] = []
+        self._argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._shifts_labels = loss_shifts_labels(model)
+        # Hooks on the model itself, not on PeftModel: model.add_adapter has no PeftModel around it.
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._finish, with_kwargs=True),
+        ]
+
+    def current_tape(self) -> ForwardTape | None:
+        """The pass a layer's forward belongs to: the one under way, or the one being recomputed in backward."""
+        if self.tape is not None or torch.compiler.is_compiling():
+            return self.tape
+        if torch._C._current_graph_task_id() == -1:  # as torch.utils.checkpoint asks: are we inside a backward?
+            return None
+        # A recomputation must build the same nodes as the first forward, also when no loss has passed by.
+        return self.backward_tape or ForwardTape(batch_size=0, training=True)
+
+    def remove_hooks(self) -> None:
+        """Give the model back as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def detach(self, adapter: str) -> None:
+        """Take a half-attached adapter off every layer; a layer left without adapters is unwrapped again."""
+        for parent, attribute in list(self.sites):
+            layer: Any = getattr(parent, attribute)
+            if adapter in layer.settings:
+                layer.delete_adapter(adapter)
+            if not layer.settings:
+                setattr(parent, attribute, layer.base_layer)
+                self.sites.remove((parent, attribute))
+        if not self.sites:
+            self.remove_hooks()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tape = self.backward_tape = None
+        if "adapter_names" in kwargs:
+            raise ValueError(
+                "adapter_names needs the PeftModel around the model (peft.get_peft_model or PeftModel.from_pretrained); "
+                "called on the bare model it would be ignored"
+            )
+        training = model.training and torch.is_grad_enabled()
+        if not (training or self.row_adapters or self.recorders):
+            return
+        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        rows = inputs.get("input_ids")
+        if rows is None:
+            rows = inputs.get("inputs_embeds")
+        if rows is None:  # a model of another kind: its first tensor carries the batch
+            rows = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+        if rows is None:
+            return
+        self.tape = ForwardTape(
+            batch_size=rows.shape[0],
+            mask=_token_mask(inputs.get("attention_mask"), rows.shape[1]) if rows.ndim > 1 else None,
+            row_adapters=self._expand_rows(rows.shape[0], inputs),
+            training=training,
+        )
+
+    def _finish(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        tape, self.tape = self.tape, None
+        if tape is None or not tape.sums:
+            return None
+        for recorder in self.recorders:
+            recorder(tape)
+        if not tape.training:
+            return None
+        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        return _anchor_outputs(outputs, self._loss_share(inputs), self, tape)
+
+    def _expand_rows(self, batch_size: int, inputs: dict[str, Any]) -> list[str] | None:
+        names = self.row_adapters
+        if names is None:
+            return None
+        if any(inputs.get(key) is not None for key in _PACKED) or _restarts(
+            inputs.get("position_ids"), inputs.get("attention_mask")
+        ):
+            raise ValueError(
+                "adapter_names needs one sequence per row; this batch is padding-free (packed). Pad it, one row each"
+            )
+        for repeat in self.rows_per_name:
+            if batch_size == len(names) * repeat:
+                return [name for name in names for _ in range(repeat)]
+        raise ValueError(
+            f"adapter_names has {len(names)} names for {batch_size} rows; give one name per row of the input "
+            "('__base__' for none)"
+        )
+
+    def _loss_share(self, inputs: dict[str, Any]) -> Tensor | float:
+        """This micro-batch's share of the loss tokens of the step, where the trainer has said how many those are."""
+        step_tokens, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+        if step_tokens is None or labels is None:
+            return 1.0
+        if inputs.get("shift_labels") is not None:
+            labels = inputs["shift_labels"]
+        elif self._shifts_labels:
+            labels = labels[..., 1:]
+        return labels.ne(-100).sum() / step_tokens
+
+
+def _anchor_outputs(outputs: Any, share: Tensor | float, state: PerftState, tape: ForwardTape) -> Any:
+    """Attach the tape to whatever the trainer will differentiate: the loss, or TRL's log-probabilities."""
+    if isinstance(outputs, tuple):
+        if outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
+            return (_anchor(outputs[0], share, state, tape, "loss"), *outputs[1:])
+        return None
+    loss, log_probs = getattr(outputs, "loss", None), getattr(outputs, "log_probs", None)
+    if isinstance(loss, Tensor):
+        outputs.loss = _anchor(loss, share, state, tape, "loss")
+    if isinstance(log_probs, Tensor):
+        # The trainer sums -log_probs over loss tokens, each with its weight: minus their summed gradient is the
+        # micro-batch's weight. Positions outside the loss are zeros there, yet receive a gradient.
+        counted = getattr(outputs, "label_mask", None)
+        counted = torch.ones_like(log_probs) if counted is None else counted.to(log_probs.dtype)
+        outputs.log_probs = _anchor(log_probs, -counted, state, tape, "log_probs")
+    return outputs
+
+
+def _anchor(value: Tensor, share: Tensor | float, state: PerftState, tape: ForwardTape, source: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        if source != "loss":
+            return value
+        objective = tape.objective().to(value.device)
+        return value + ((objective - objective.detach()) * share).to(value.dtype)
+    if not value.requires_grad:
+        return value
+    factor = torch.as_tensor(share, device=value.device)
+    return anchor_loss(value, factor.to(value.dtype), state, tape, source)
+
+
+def _token_mask(attention_mask: Any, tokens: int) -> Tensor | None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -tokens:].bool().reshape(-1)
+
+
+def _restarts(position_ids: Any, attention_mask: Any) -> bool:
+    """Whether a row holds several sequences: a real token at position 0 after another 0 and something else."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return False
+    starts = position_ids == 0
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape:
+        starts = starts & attention_mask.bool()
+    started = starts.cumsum(dim=1) > 0
+    again = starts[:, 1:] & started[:, :-1] & ~starts[:, :-1]
+    return bool(again.any())
