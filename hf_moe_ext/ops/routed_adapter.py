@@ -84,7 +84,13 @@ def routed_adapter(
 
 
 def _dense(
-    hidden: Tensor, A: Tensor, B: Tensor, gate: Tensor | None, scale: float, activation: Activation | None, dropout: float
+    hidden: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    activation: Activation | None,
+    dropout: float,
 ) -> Tensor:
     num_experts, rank, width = A.shape
     bottleneck = _activate(F.linear(hidden, A.reshape(num_experts * rank, width)), activation, dropout)

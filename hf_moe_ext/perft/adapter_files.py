@@ -40,7 +40,10 @@ def write_loading_snippet(folder: Path, base_model: str | None) -> None:
     before, _, rest = text.partition(SNIPPET_START)
     after = rest.partition(SNIPPET_END)[2] if rest else ""
     snippet = _SNIPPET.format(
-        start=SNIPPET_START, end=SNIPPET_END, adapter=folder.name or "path/or/hub-id", base=base_model or "the base model"
+        start=SNIPPET_START,
+        end=SNIPPET_END,
+        adapter=folder.name or "path/or/hub-id",
+        base=base_model or "the base model",
     )
     card.text = snippet + "\n" + (before + after).lstrip("\n")
     card.data.tags = sorted({*(card.data.tags or []), "hf_moe_ext", "perft"})

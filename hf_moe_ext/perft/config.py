@@ -194,7 +194,9 @@ def _refuse_router(config: PerftConfig) -> None:
             raise ValueError(f"PerftConfig: num_experts must be at least 1; got {config.num_experts}")
     elif config.num_experts is not None:
         instead = "has one adapter per base expert" if variant == "E" else "has a single adapter; for several use 'D'"
-        raise ValueError(f"PerftConfig: num_experts={config.num_experts} means nothing here: variant={variant!r} {instead}")
+        raise ValueError(
+            f"PerftConfig: num_experts={config.num_experts} means nothing here: variant={variant!r} {instead}"
+        )
 
 
 def _check_version(config: PerftConfig) -> None:

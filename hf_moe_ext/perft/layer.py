@@ -211,10 +211,14 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {s.variant} {s.kind} {s.num_experts}x r={s.rank}" for name, s in self.settings.items())
+        return ", ".join(
+            f"{name}: {s.variant} {s.kind} {s.num_experts}x r={s.rank}" for name, s in self.settings.items()
+        )
 
 
-def resolve_settings(config: PerftConfig, rank: int, alpha: float, base_num_experts: int, normalize: bool) -> AdapterSettings:
+def resolve_settings(
+    config: PerftConfig, rank: int, alpha: float, base_num_experts: int, normalize: bool
+) -> AdapterSettings:
     """Settings of one adapter on one block.
 
     Args:

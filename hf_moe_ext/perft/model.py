@@ -7,7 +7,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
-
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
@@ -82,19 +81,21 @@ class PerftModel(BaseTuner):
                 f"layers_pattern={config.layers_pattern!r}; this model has: {', '.join(sites)}"
             )
         for name in matched:
-            self._settings(config, name, sites[name])  # raises here rather than half-way
+            self._settings(config, name, sites[name], model)  # raises here rather than half-way
 
     def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict[str, Any]) -> PerftConfig:
         return peft_config
 
     @staticmethod
-    def _settings(config: PerftConfig, name: str, site: ExpertsSite) -> AdapterSettings:
+    def _settings(config: PerftConfig, name: str, site: ExpertsSite, model: nn.Module) -> AdapterSettings:
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-        normalize = False
+        normalize: bool | None = False
         if config.variant == "R" and config.top_k != 1:
-            normalize = normalizes_top_k(site.experts) if config.normalize_top_k is None else config.normalize_top_k
-        return resolve_settings(config, rank, alpha, site.num_experts, normalize)
+            normalize = config.normalize_top_k
+            if normalize is None:
+                normalize = normalizes_top_k(site.experts, getattr(model, "config", None))
+        return resolve_settings(config, rank, alpha, site.num_experts, bool(normalize))
 
     def _create_and_replace(
         self,
@@ -118,7 +119,8 @@ class PerftModel(BaseTuner):
                 layer.requires_grad_(False)  # an additional adapter is not trainable by itself
             self._replace_module(parent, target_name, layer, target)
             state.sites.append((parent, target_name))
-        layer.update_layer(adapter_name, self._settings(peft_config, current_key, site), peft_config.init_weights)
+        settings = self._settings(peft_config, current_key, site, self.model)
+        layer.update_layer(adapter_name, settings, peft_config.init_weights)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would copy `weight` and move the adapter to its device; experts have none, and the layer has placed itself.
@@ -149,12 +151,18 @@ class PerftModel(BaseTuner):
 
     def _check_adapter_names(self, names: Any) -> list[str]:
         if not isinstance(names, list | tuple):
-            raise TypeError(f"adapter_names must be a list with one name per row of the batch; got {type(names).__name__}")
+            raise TypeError(
+                f"adapter_names must be a list with one name per row of the batch; got {type(names).__name__}"
+            )
         if self.training:
-            raise ValueError("adapter_names mixes adapters at inference only; call model.eval(), or train one at a time")
+            raise ValueError(
+                "adapter_names mixes adapters at inference only; call model.eval(), or train one at a time"
+            )
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
         if unknown:
-            raise ValueError(f"adapter_names: no adapter {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}, __base__")
+            raise ValueError(
+                f"adapter_names: no adapter {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}, __base__"
+            )
         return list(names)
 
     def _check_merge_allowed(self) -> None:
@@ -236,5 +244,3 @@ def _describe_keys(missing: list[str], extra: list[str]) -> str:
         f"{' that do not belong here' if extra else ''}; load it on the base model it was trained for, with the "
         "adapter_config.json it was saved with"
     )
-
-

@@ -42,7 +42,9 @@ def trainable_rows(model: nn.Module, adapter: str = "default") -> list[Trainable
         }
         one = 2 * layer.in_features * settings.rank
         router = layer.in_features * settings.num_experts if settings.variant == "R" else 0
-        used = {"R": settings.top_k, "E": active_experts(layer.get_base_layer())}.get(settings.variant, settings.num_experts)
+        used = {"R": settings.top_k, "E": active_experts(layer.get_base_layer())}.get(
+            settings.variant, settings.num_experts
+        )
         rows.append(
             TrainableRow(
                 layer.site_name,
@@ -73,7 +75,9 @@ def describe_trainable(model: nn.Module, adapter: str = "default") -> str:
     ]
     total, active = count_trainable(model, adapter)
     others = [name for name, p in model.named_parameters() if p.requires_grad and "perft_" not in name]
-    lines.append(f"  {total:,} parameters in {len(rows)} modules" + ("" if active is None else f", {active:,} active per token"))
+    lines.append(
+        f"  {total:,} parameters in {len(rows)} modules" + ("" if active is None else f", {active:,} active per token")
+    )
     if others:
         lines.append(f"  also trainable: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
     return "\n".join(lines)

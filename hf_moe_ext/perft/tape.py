@@ -68,11 +68,16 @@ class ForwardTape:
             total = total + part
         return total
 
-    def add_router(self, adapter: str, layer: str, logits: Tensor, index: Tensor, coefficients: RouterCoefficients) -> None:
+    def add_router(
+        self, adapter: str, layer: str, logits: Tensor, index: Tensor, coefficients: RouterCoefficients
+    ) -> None:
         """Record what one layer's router did in this pass."""
         mask = None if self.mask is None else self.mask.to(logits.device)
-        sums = router_sums(logits, index, mask)
-        self.sums[adapter, layer] = sums if torch.compiler.is_compiling() else sums.detach()
+        if not torch.compiler.is_compiling():
+            # Only the compiled path differentiates these sums; a graph left here would also be one that gradient
+            # checkpointing does not see again.
+            logits = logits.detach()
+        self.sums[adapter, layer] = router_sums(logits, index, mask)
         self.coefficients[adapter] = coefficients
 
     def router_gradient(self, adapter: str, logits: Tensor, index: Tensor) -> Tensor | None:
