@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from hf_moe_ext import registry
 
 if TYPE_CHECKING:
-    from hf_moe_ext.perft import PerftConfig, PerftModel, RouterLoadCallback, record_router_load
+    from hf_moe_ext.perft import PerftConfig, PerftModel
+    from hf_moe_ext.perft.router_load import RouterLoadCallback, record_router_load
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
-    "RouterLoadCallback": "hf_moe_ext.perft",
-    "record_router_load": "hf_moe_ext.perft",
+    "RouterLoadCallback": "hf_moe_ext.perft.router_load",
+    "record_router_load": "hf_moe_ext.perft.router_load",
 }
 __all__ = ["PerftConfig", "PerftModel", "RouterLoadCallback", "__version__", "record_router_load"]
 

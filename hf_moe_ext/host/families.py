@@ -16,7 +16,6 @@ experts' output afterwards (Nemotron-H with a latent width, Laguna, MiniMax-M3);
 from typing import Any
 
 from torch import nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 # model_type of the configuration the experts were built with -> always, never, or the key that decides.
 ALWAYS, NEVER, BY_KEY = True, False, "norm_topk_prob"
@@ -140,7 +139,7 @@ def normalizes_top_k(experts: nn.Module, model_config: Any = None) -> bool:
         ValueError: the family is not in the table and its configuration has no ``norm_topk_prob``.
     """
     config: Any = getattr(experts, "config", model_config)
-    model_type = getattr(config, "model_type", None)
+    model_type = str(getattr(config, "model_type", None))
     if model_type == "cohere2_moe":
         return config.expert_selection_fn == "softmax" or bool(config.norm_topk_prob)
     if model_type == "dbrx":
@@ -166,6 +165,9 @@ def active_experts(experts: nn.Module) -> int | None:
 
 def loss_shifts_labels(model: nn.Module) -> bool:
     """Whether the model's loss predicts token i+1 at position i: the Trainer's own rule for counting loss tokens."""
-    loss_type = getattr(model, "loss_type", None)
+    # Here, not above: this module is loaded in the middle of Transformers' own import.
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    loss_type = str(getattr(model, "loss_type", None))
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not encoder_decoder

@@ -32,8 +32,9 @@ Departures from the paper's public code, and why:
 from hf_moe_ext import registry
 from hf_moe_ext.perft.config import PerftConfig, PerftType
 from hf_moe_ext.perft.model import PerftModel
-from hf_moe_ext.perft.router_load import RouterLoad, RouterLoadCallback, record_router_load
 
-__all__ = ["PerftConfig", "PerftModel", "RouterLoad", "RouterLoadCallback", "record_router_load"]
+__all__ = ["PerftConfig", "PerftModel"]
 
+# Not router_load: PEFT is imported, and with it this package, in the middle of Transformers' own import of its Trainer,
+# whose callbacks do not exist yet at that point.
 registry.register_tuner(PerftType.PERFT, PerftConfig, PerftModel)

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +19,10 @@ VARIANTS = ("R", "E", "D", "S")
 ADAPTERS = ("lora", "parallel")
 
 
-class PerftType(str, Enum):
+class PerftType(StrEnum):
     """PEFT's own enumeration is closed to other packages; equal to its string, this one resolves in PEFT's tables."""
 
     PERFT = "PERFT"
-
-
-def _field(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -66,31 +62,31 @@ class PerftConfig(PeftConfig):
         ValueError: for every combination that means nothing; the message says what to write instead.
     """
 
-    variant: Literal["R", "E", "D", "S"] = _field("R", "R own router, E base router, D dense, S single")
-    adapter: Literal["lora", "parallel"] = _field("lora", "lora: alpha/r B(A h); parallel: W2 silu(W1 h)")
-    r: int = _field(16, "Bottleneck width of every adapter.")
-    lora_alpha: float = _field(32, "The LoRA scale is lora_alpha / r.")
-    lora_dropout: float = _field(0.0, "Dropout probability in the adapters.")
-    num_experts: int | None = _field(None, "Adapters per layer (R and D). Default 4.")
-    top_k: int | None = _field(None, "Adapters per token (R). Default 2.")
-    normalize_top_k: bool | None = _field(None, "R: renormalise the chosen weights. None: as the base router does.")
-    router_aux_loss_coef: float | None = _field(None, "R: weight of the load-balance loss. Default 0.01.")
-    router_z_loss_coef: float | None = _field(None, "R: weight of the z-loss. Default 0.")
-    init_weights: bool | Literal["paper"] = _field(True, "True: no-op at birth; False: random (tests); 'paper'.")
-    target_modules: list[str] | str | None = _field(None, "experts modules to adapt. None: every MoE block.")
-    exclude_modules: list[str] | str | None = _field(None, "experts modules to leave out.")
-    layers_to_transform: list[int] | int | None = _field(None, "Layer indices to adapt. None: all.")
-    layers_pattern: list[str] | str | None = _field(None, "Name of the layer list, with layers_to_transform.")
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module pattern -> r."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module pattern -> lora_alpha."})
-    bias: Literal["none", "all"] = _field("none", "'all' also trains every bias of the base model.")
-    modules_to_save: list[str] | None = _field(None, "Further modules to train whole and save.")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(None, "Token embeddings to train.")
-    hf_moe_ext_version: str | None = _field(None, "Version that wrote the file; filled in.")
+    variant: Literal["R", "E", "D", "S"] = "R"
+    adapter: Literal["lora", "parallel"] = "lora"
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    num_experts: int | None = None
+    top_k: int | None = None
+    normalize_top_k: bool | None = None
+    router_aux_loss_coef: float | None = None
+    router_z_loss_coef: float | None = None
+    init_weights: bool | Literal["paper"] = True
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: Literal["none", "all"] = "none"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    hf_moe_ext_version: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PerftType.PERFT  # type: ignore[assignment]
+        self.peft_type = PerftType.PERFT
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT config holds it
         if isinstance(self.exclude_modules, list):

@@ -7,7 +7,7 @@ from: R its own router; E the arguments themselves; D and S all adapters with we
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,8 @@ class PerftLayer(nn.Module, BaseTunerLayer):
     """Wraps the ``experts`` of one block.
 
     Parameters, one per adapter name: ``perft_A`` [num_experts, r, hidden], ``perft_B`` [num_experts, hidden, r],
-    ``perft_router`` [num_experts, hidden] (R only). They are float32 whatever the base model's precision.
+    ``perft_router`` [num_experts, hidden] (R only). They are float32 whatever the base model's precision, unless
+    ``autocast_adapter_dtype=False`` asks PEFT for the base's.
     """
 
     adapter_layer_names = ("perft_A", "perft_B", "perft_router")
@@ -102,6 +103,16 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                 B.uniform_(-1.0, 1.0).mul_(1.0 / math.sqrt(rank))
         if name in self.perft_router:
             self.perft_router[name].normal_(0.0, 0.02)
+
+    def take_base_dtype(self, name: str) -> None:
+        """Give the adapter ``name`` the half precision of the experts; packed or full-precision experts change nothing."""
+        parameter = next(self.get_base_layer().parameters(), None)
+        if parameter is None or parameter.dtype not in (torch.float16, torch.bfloat16):
+            return
+        for tensors in (self.perft_A, self.perft_B, self.perft_router):
+            if name in tensors:
+                old = tensors[name]
+                tensors[name] = nn.Parameter(old.detach().to(parameter.dtype), requires_grad=old.requires_grad)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts' output plus the active adapters'; hidden_states [tokens, hidden], as the experts take them."""
@@ -209,6 +220,13 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                     f"needs {tuple(parameter.shape)}; load it on the base model it was trained for"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set trainability; Transformers' ``load_adapter`` freezes each layer so, right after it has loaded them."""
+        if not requires_grad:
+            for name in list(self.settings):
+                self.state.refuse_partial_load(name)
+        return super().requires_grad_(requires_grad)
 
     def extra_repr(self) -> str:
         return ", ".join(

@@ -21,7 +21,7 @@ from hf_moe_ext.host.families import FAMILIES, normalizes_top_k
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
 from hf_moe_ext.perft.report import describe_trainable
-from hf_moe_ext.perft.state import PerftState
+from hf_moe_ext.perft.state import PerftState, describe_key_mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class PerftModel(BaseTuner):
         Raises:
             ValueError: no MoE block, a target that is no experts module, or a base router whose rule is unknown.
         """
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
             self._resolve_targets(model, config)
         try:
@@ -83,13 +83,13 @@ class PerftModel(BaseTuner):
         for name in matched:
             self._settings(config, name, sites[name], model)  # raises here rather than half-way
 
-    def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict[str, Any]) -> PerftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
     @staticmethod
     def _settings(config: PerftConfig, name: str, site: ExpertsSite, model: nn.Module) -> AdapterSettings:
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
         normalize: bool | None = False
         if config.variant == "R" and config.top_k != 1:
             normalize = config.normalize_top_k
@@ -97,7 +97,7 @@ class PerftModel(BaseTuner):
                 normalize = normalizes_top_k(site.experts, getattr(model, "config", None))
         return resolve_settings(config, rank, alpha, site.num_experts, bool(normalize))
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # PEFT's own tuners narrow the configuration too
         self,
         peft_config: PerftConfig,
         adapter_name: str,
@@ -118,13 +118,20 @@ class PerftModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trainable by itself
             self._replace_module(parent, target_name, layer, target)
-            state.sites.append((parent, target_name))
+            state.site_names.append(current_key)
         settings = self._settings(peft_config, current_key, site, self.model)
         layer.update_layer(adapter_name, settings, peft_config.init_weights)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would copy `weight` and move the adapter to its device; experts have none, and the layer has placed itself.
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:  # FSDP1, for one, needs a single dtype
+            for module in self.model.modules():
+                if isinstance(module, PerftLayer):
+                    module.take_base_dtype(adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -156,12 +163,13 @@ class PerftModel(BaseTuner):
             )
         if self.training:
             raise ValueError(
-                "adapter_names mixes adapters at inference only; call model.eval(), or train one at a time"
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval(), or train one at a time"
             )
         unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
         if unknown:
             raise ValueError(
-                f"adapter_names: no adapter {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}, __base__"
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+                f"Names for adapter_names: {', '.join(self.peft_config)}, __base__"
             )
         return list(names)
 
@@ -175,16 +183,16 @@ class PerftModel(BaseTuner):
             "at once with model.base_model.set_adapter([...]), which adds their outputs"
         )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         state = find_state(self.model)
-        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         if state is not None:
             state.remove_hooks()
         return model
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PerftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict().keys()
@@ -197,7 +205,7 @@ class PerftModel(BaseTuner):
             state = find_state(model)
             if state is not None:
                 state.detach(adapter_name)
-            raise ValueError(_describe_keys(missing, extra))
+            raise ValueError(describe_key_mismatch(missing, extra))
         return remapped
 
 
@@ -230,17 +238,3 @@ def _pass_adapter_names(names: list[str]) -> Any:
         return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeat)]}
 
     return hook
-
-
-def _describe_keys(missing: list[str], extra: list[str]) -> str:
-    parts = [
-        f"{label} {len(keys)} tensors ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-        for label, keys in (("lacks", missing), ("has", extra))
-        if keys
-    ]
-    reason = " and ".join(parts)
-    return (
-        f"adapter file does not fit this model and configuration: it {reason}"
-        f"{' that do not belong here' if extra else ''}; load it on the base model it was trained for, with the "
-        "adapter_config.json it was saved with"
-    )

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import delete_adapter
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hf_moe_ext.host.families import loss_shifts_labels
@@ -21,7 +23,8 @@ class PerftState:
         backward_tape: the pass whose backward is under way.
         row_adapters: adapter names of a mixed batch, set for the duration of a call.
         recorders: called with each finished tape.
-        sites: (parent module, attribute) of every wrapped experts module.
+        model: the model the hooks sit on.
+        site_names: path of every wrapped experts module.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,7 +33,8 @@ class PerftState:
         self.row_adapters: list[str] | None = None
         self.rows_per_name: tuple[int, ...] = (1,)
         self.recorders: list[Callable[[ForwardTape], None]] = []
-        self.sites: list[tuple[nn.Module, str]] = []
+        self.model = model
+        self.site_names: list[str] = []
         self._argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._shifts_labels = loss_shifts_labels(model)
         # Hooks on the model itself, not on PeftModel: model.add_adapter has no PeftModel around it.
@@ -55,16 +59,32 @@ class PerftState:
         self._handles = []
 
     def detach(self, adapter: str) -> None:
-        """Take a half-attached adapter off every layer; a layer left without adapters is unwrapped again."""
-        for parent, attribute in list(self.sites):
-            layer: Any = getattr(parent, attribute)
-            if adapter in layer.settings:
-                layer.delete_adapter(adapter)
-            if not layer.settings:
-                setattr(parent, attribute, layer.base_layer)
-                self.sites.remove((parent, attribute))
-        if not self.sites:
-            self.remove_hooks()
+        """Undo a half-made attachment: the adapter goes, and with the last one every wrapper and trace of it."""
+        model: Any = self.model
+        delete_adapter(model, adapter, prefix="perft_")
+        getattr(model, "peft_config", {}).pop(adapter, None)
+        if getattr(model, "peft_config", None):
+            return
+        for name in self.site_names:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, model.get_submodule(f"{name}.base_layer"))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent, _, attribute = name.rpartition(".")
+                base = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                setattr(model.get_submodule(parent), attribute, base)
+        self.remove_hooks()
+        vars(model).pop("peft_config", None)
+        vars(model).pop("_hf_peft_config_loaded", None)  # Transformers' own note that an adapter is there
+
+    def refuse_partial_load(self, adapter: str) -> None:
+        """Raise if Transformers' loader, which only prints a table, has filled some of an adapter's tensors but not all."""
+        suffix = f".{adapter}"
+        tensors = {n: p for n, p in self.model.named_parameters() if ".perft_" in n and n.endswith(suffix)}
+        missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing and len(missing) < len(tensors):
+            self.detach(adapter)
+            raise ValueError(describe_key_mismatch(missing, []))
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tape = self.backward_tape = None
@@ -116,8 +136,8 @@ class PerftState:
             if batch_size == len(names) * repeat:
                 return [name for name in names for _ in range(repeat)]
         raise ValueError(
-            f"adapter_names has {len(names)} names for {batch_size} rows; give one name per row of the input "
-            "('__base__' for none)"
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch_size} "
+            "respectively; give one name per row ('__base__' for none)"
         )
 
     def _loss_share(self, inputs: dict[str, Any]) -> Tensor | float:
@@ -129,7 +149,9 @@ class PerftState:
             labels = inputs["shift_labels"]
         elif self._shifts_labels:
             labels = labels[..., 1:]
-        return labels.ne(-100).sum() / step_tokens
+        # In float64, so that a float64 model is not held back by it; MPS has none.
+        dtype = torch.float32 if labels.device.type == "mps" else torch.float64
+        return labels.ne(-100).sum().to(dtype) / step_tokens
 
 
 def _anchor_outputs(outputs: Any, share: Tensor | float, state: PerftState, tape: ForwardTape) -> Any:
@@ -158,8 +180,7 @@ def _anchor(value: Tensor, share: Tensor | float, state: PerftState, tape: Forwa
         return value + ((objective - objective.detach()) * share).to(value.dtype)
     if not value.requires_grad:
         return value
-    factor = torch.as_tensor(share, device=value.device)
-    return anchor_loss(value, factor.to(value.dtype), state, tape, source)
+    return anchor_loss(value, torch.as_tensor(share, device=value.device), state, tape, source)
 
 
 def _token_mask(attention_mask: Any, tokens: int) -> Tensor | None:
@@ -178,3 +199,18 @@ def _restarts(position_ids: Any, attention_mask: Any) -> bool:
     started = starts.cumsum(dim=1) > 0
     again = starts[:, 1:] & started[:, :-1] & ~starts[:, :-1]
     return bool(again.any())
+
+
+def describe_key_mismatch(missing: list[str], extra: list[str]) -> str:
+    """The message for an adapter file whose tensors are not those of the model."""
+    parts = [
+        f"{label} {len(keys)} tensors ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+        for label, keys in (("lacks", missing), ("has", extra))
+        if keys
+    ]
+    reason = " and ".join(parts)
+    return (
+        f"adapter file does not fit this model and configuration: it {reason}"
+        f"{' that do not belong here' if extra else ''}; load it on the base model it was trained for, with the "
+        "adapter_config.json it was saved with"
+    )

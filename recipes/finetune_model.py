@@ -1,0 +1,161 @@
+"""The model of a run: loading it, and making it trainable the way `--peft` says."""
+
+import inspect
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune_arguments import AdapterArguments, ModelArguments, UserError
+from hf_moe_ext import PerftConfig
+
+LORA_TARGETS = ("q_proj", "v_proj")
+
+
+def build_adapter_config(arguments: AdapterArguments) -> PerftConfig | LoraConfig | None:
+    """The PEFT configuration of `--peft`; None for full and none.
+
+    Raises:
+        UserError: The settings contradict each other.
+    """
+    targets = arguments.lora_target_modules
+    try:
+        if arguments.peft == "perft":
+            return PerftConfig(
+                task_type="CAUSAL_LM",
+                variant=arguments.variant,
+                adapter=arguments.adapter,
+                r=arguments.r,
+                lora_alpha=arguments.lora_alpha,
+                lora_dropout=arguments.lora_dropout,
+                num_experts=arguments.num_experts,
+                top_k=arguments.top_k,
+                normalize_top_k=arguments.normalize_top_k,
+                router_aux_loss_coef=arguments.router_aux_loss_coef,
+                router_z_loss_coef=arguments.router_z_loss_coef,
+                target_modules=targets,
+            )
+        if arguments.peft == "lora":
+            return LoraConfig(
+                task_type="CAUSAL_LM",
+                r=arguments.r,
+                lora_alpha=arguments.lora_alpha,
+                lora_dropout=arguments.lora_dropout,
+                target_modules=list(targets or LORA_TARGETS),
+            )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--peft {arguments.peft}: {error}") from error
+    return None
+
+
+def load_tokenizer(arguments: ModelArguments, path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        UserError: There is none, or it cannot end a text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", arguments, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--model_name_or_path {arguments.model_name_or_path}: its tokenizer has no end-of-text token, so answers "
+            "could not end. Set 'eos_token' in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never attended to and never scored, so any token does
+    return tokenizer
+
+
+def load_model(arguments: ModelArguments, path: str) -> PreTrainedModel:
+    """The causal language model.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=arguments.model_revision,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load("model", arguments, error) from error
+    model.config.use_cache = False  # training has no use for it; `generate` asks for it itself
+    return model
+
+
+def attach(model: PreTrainedModel, arguments: AdapterArguments, seed: int) -> torch.nn.Module:
+    """Add the adapter; the model itself for full and none.
+
+    Raises:
+        UserError: The model cannot take it.
+    """
+    config = build_adapter_config(arguments)
+    if config is None:
+        return model
+    torch.manual_seed(seed)
+    # Attaching tells, through logging, what trains; it is worth seeing without a debug switch.
+    logging.getLogger("hf_moe_ext").setLevel(logging.INFO)
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--peft {arguments.peft}: {error}") from error
+    adapted.print_trainable_parameters()
+    return adapted
+
+
+def group_parameters(model: torch.nn.Module, learning_rate: float, router_rate: float, weight_decay: float) -> list[dict]:
+    """Two optimizer groups: the adapter router, with its own rate and no decay, and all the rest."""
+    routers, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (routers if "perft_router" in name else others).append(parameter)
+    return [
+        {"params": others, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": routers, "lr": router_rate, "weight_decay": 0.0},
+    ]
+
+
+def count_parameters(model: torch.nn.Module, adapter: AdapterArguments) -> dict[str, int]:
+    """Trainable parameters, and how many of them one token uses."""
+    total = active = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            total += parameter.numel()
+            active += parameter.numel() * _used_share(model, name, adapter) // 1
+    return {"trainable": total, "active": int(active)}
+
+
+def _used_share(model: torch.nn.Module, name: str, adapter: AdapterArguments) -> float:
+    """Of a stack of routed adapters, the part one token goes through; everything else is used whole."""
+    if ".perft_A." not in name and ".perft_B." not in name:
+        return 1
+    config = model.peft_config["default"]
+    if adapter.variant == "R":
+        return config.top_k / config.num_experts
+    if adapter.variant == "E":
+        base = model.config.get_text_config()
+        return base.num_experts_per_tok / model.get_parameter(name).shape[0]
+    return 1
+
+
+def accepts_file(path: str) -> bool:
+    """Whether a model name is a folder on this machine."""
+    return Path(path).is_dir()
+
+
+def _cannot_load(what: str, arguments: ModelArguments, error: Exception) -> UserError:
+    reason = inspect.cleandoc(str(error)).split("\n")[0][:300]
+    return UserError(
+        f"--model_name_or_path {arguments.model_name_or_path}: its {what} cannot be loaded: {reason} "
+        "Give a model of the Hub (and be online), a folder, or 'quickstart'."
+    )

@@ -1,0 +1,149 @@
+"""Everything measured on the held-out rows, once before and once after training."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from evaluation import RowLosses, choose_answers, generate_answers, measure_losses
+from finetune_arguments import DataArguments
+from finetune_data import encode_prompt, encode_rows, expand_choices
+from quickstart.docstrings import name_words
+
+METRIC = Path(__file__).resolve().parent / "metrics" / "docstring_overlap"
+METRIC_SCORE = "word_f1"
+SHOWN_ROWS = 8
+NUM_SHUFFLES = 20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement: losses on every process, texts on the first one only."""
+
+    losses: RowLosses
+    texts: list[str] = field(default_factory=list)
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+
+class HeldOut:
+    """The held-out rows, ready to be measured.
+
+    Args:
+        rows: Rows of `prompt` and `completion`, and `name`, `answer`, `choices`, `group` where the data set has them.
+        train: The train rows, for the majority class; None when nothing is trained.
+        tokenizer: The model's tokenizer.
+        arguments: The data arguments.
+    """
+
+    def __init__(
+        self, rows: Dataset, train: Dataset | None, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
+    ) -> None:
+        encoded = encode_rows(rows, tokenizer, arguments.max_length, "tokenize held-out rows")
+        # Rows of one length together: batches with little padding.
+        order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
+        self.rows, self.encoded = rows.select(order), encoded.select(order)
+        self.tokenizer, self.arguments = tokenizer, arguments
+        self.written_rows = self._choose_written_rows()
+        self.groups = self.rows["group"] if "group" in rows.column_names else ["all"] * len(rows)
+        self.choices: Dataset | None = None
+        if arguments.answer_choices_metric:
+            choices, self.question_of_row, self.right = expand_choices(self.rows)
+            self.choices = encode_rows(choices, tokenizer, arguments.max_length, "tokenize answer choices")
+            self.majority = self._find_majority(train if train is not None else rows)
+
+    def _choose_written_rows(self) -> list[int]:
+        """Rows to write an answer for: spread over all lengths, and only rows that ask something."""
+        asked = [i for i, prompt in enumerate(self.rows["prompt"]) if prompt]
+        count = self.arguments.num_generations
+        if count is None:
+            count = len(asked) if "name" in self.rows.column_names else SHOWN_ROWS
+        return [asked[i] for i in np.linspace(0, len(asked) - 1, min(count, len(asked))).astype(int)] if asked else []
+
+    def _find_majority(self, train: Dataset) -> dict[str, str]:
+        groups = train["group"] if "group" in train.column_names else ["all"] * len(train)
+        counted: dict[str, Counter[str]] = {}
+        for group, answer in zip(groups, train["answer"], strict=True):
+            counted.setdefault(group, Counter())[answer] += 1
+        return {group: counts.most_common(1)[0][0] for group, counts in counted.items()}
+
+    def measure(self, trainer: Trainer, description: str) -> Measurement:
+        """Losses and accuracy through `Trainer.predict`; texts written by the first process while the others wait."""
+        losses = measure_losses(trainer, self.encoded)
+        accuracy = self._measure_accuracy(trainer) if self.choices is not None else {}
+        texts: list[str] = []
+        if trainer.is_world_process_zero() and self.written_rows:
+            limit = self.arguments.max_length - self.arguments.max_new_tokens
+            prompts = [encode_prompt(self.rows[i]["prompt"], self.tokenizer, max(limit, 1)) for i in self.written_rows]
+            texts = generate_answers(
+                trainer.accelerator.unwrap_model(trainer.model),
+                self.tokenizer,
+                prompts,
+                self.arguments.max_new_tokens,
+                description=f"write answers {description}",
+            )
+        trainer.accelerator.wait_for_everyone()
+        return Measurement(losses, texts, accuracy)
+
+    def _measure_accuracy(self, trainer: Trainer) -> dict[str, float]:
+        assert self.choices is not None
+        chosen = choose_answers(measure_losses(trainer, self.choices), self.question_of_row)
+        hits: dict[str, list[bool]] = {}
+        for question, group in enumerate(self.groups):
+            hits.setdefault(group, []).append(chosen[question] == self.right[question])
+        return {group: float(np.mean(values)) for group, values in hits.items()}
+
+    def report_accuracy(self, before: Measurement, after: Measurement | None) -> dict[str, dict[str, Any]]:
+        """Accuracy per group, beside always giving the train side's most frequent answer."""
+        report = {}
+        for group in before.accuracy:
+            answers = [answer for answer, g in zip(self.rows["answer"], self.groups, strict=True) if g == group]
+            report[group] = {
+                "before": before.accuracy[group],
+                "after": None if after is None else after.accuracy[group],
+                "majority_class": answers.count(self.majority.get(group, "")) / len(answers),
+                "rows": len(answers),
+            }
+        return report
+
+    def report_text(self, before: Measurement, after: Measurement | None, seed: int) -> dict[str, Any] | None:
+        """The text metric with its two baselines; None when rows have no function name to compare with."""
+        if "name" not in self.rows.column_names or not before.texts:
+            return None
+        metric = evaluate.load(str(METRIC), keep_in_memory=True)
+        rows = self.rows.select(self.written_rows)
+        references = rows["completion"][:]
+
+        def score(predictions: list[str]) -> dict[str, float]:
+            return metric.compute(predictions=predictions, references=references)
+
+        report: dict[str, Any] = {"name": METRIC_SCORE, "rows": len(references), "all_scores": {}}
+        candidates = {"before": before.texts, "name_words": [name_words(name) for name in rows["name"]]}
+        if after is not None:
+            candidates["after"] = after.texts
+        for what, predictions in candidates.items():
+            report["all_scores"][what] = score(predictions)
+        if after is not None:
+            generator = np.random.default_rng(seed)
+            shuffled = [
+                score([after.texts[i] for i in generator.permutation(len(references))]) for _ in range(NUM_SHUFFLES)
+            ]
+            report["all_scores"]["shuffled"] = {k: float(np.mean([s[k] for s in shuffled])) for k in shuffled[0]}
+        return report | {what: scores[METRIC_SCORE] for what, scores in report["all_scores"].items()}
+
+    def sample_texts(self, before: Measurement, after: Measurement | None) -> list[dict[str, str | None]]:
+        """Some rows with their reference and what was written."""
+        places = np.unique(np.linspace(0, len(self.written_rows) - 1, SHOWN_ROWS).astype(int)) if before.texts else []
+        return [
+            {
+                "prompt": self.rows[self.written_rows[i]]["prompt"],
+                "reference": self.rows[self.written_rows[i]]["completion"],
+                "before": before.texts[i],
+                "after": None if after is None else after.texts[i],
+            }
+            for i in places
+        ]

@@ -1,0 +1,27 @@
+"""What every test stands on: no network, a fixed seed, and the helpers of ``tests/support`` importable."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402  # after the environment is set
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet() -> None:
+    """No progress bars between the dots; warnings and errors still show."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,214 @@
+"""The auxiliary loss of PERFT-R: its gradient, its weight in the step, and who must not see it."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import get_peft_model
+from support import naive, zoo
+
+from hf_moe_ext import PerftConfig, record_router_load
+from hf_moe_ext.perft.layer import PerftLayer
+from hf_moe_ext.perft.tape import RouterCoefficients
+
+COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+
+
+def perft_r(family="olmoe", dtype=torch.float64, **arguments):
+    """A tiny model with a randomly initialised PERFT-R adapter, in training mode."""
+    config = {"variant": "R", "r": 4, "num_experts": 4, "top_k": 2, "init_weights": False, **COEFFICIENTS} | arguments
+    base = zoo.build(family, dtype=dtype)
+    return get_peft_model(base, PerftConfig(task_type="CAUSAL_LM", **config)).train()
+
+
+def batch(rows=3, length=7, seed=0):
+    return zoo.random_batch(zoo.VOCAB_SIZE, rows, length, zoo.PAD_ID, seed)
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model, loss):
+    parameters = trainable(model)
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def explicit_auxiliary(model, inputs):
+    """(cross-entropy, auxiliary loss by the loops) with ordinary autograd: no tape, the definition written out."""
+    layers = [m for m in model.modules() if isinstance(m, PerftLayer)]
+    seen = []
+    hooks = [layer.register_forward_pre_hook(lambda m, args: seen.append((m, args[0]))) for layer in layers]
+    saved = [(layer, layer.settings["default"]) for layer in layers]
+    for layer, settings in saved:
+        layer.settings["default"] = dataclasses.replace(settings, coefficients=RouterCoefficients())
+    try:
+        cross_entropy = model(**inputs).loss
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, settings in saved:
+            layer.settings["default"] = settings
+    mask = inputs["attention_mask"].bool().flatten()
+    probs, indices, logits = [], [], []
+    for layer, hidden in seen:
+        router, settings = layer.perft_router["default"], layer.settings["default"]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        p, index, _ = naive.route(rows, router, settings.top_k, settings.normalize)
+        probs.append(p)
+        indices.append(torch.as_tensor(index))
+        logits.append(rows.double() @ router.double().T)
+    coefficients = saved[0][1].coefficients
+    auxiliary = coefficients.load_balance * naive.load_balance_loss(probs, indices, mask)
+    return cross_entropy, auxiliary + coefficients.z * naive.router_z_loss(logits, mask)
+
+
+def assert_equal_gradients(ours, theirs, atol=1e-10):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3"])
+def test_gradient_equals_adding_the_loss(family, top_k):
+    """The tape's gradient is that of cross-entropy + auxiliary loss, for the routers and for adapters of earlier layers.
+
+    The reference differentiates the auxiliary loss through the hidden states too; the tape stops at the logits' own
+    backward, which continues into the hidden states, so the two must agree everywhere.
+    """
+    model, inputs = perft_r(family, top_k=top_k), batch()
+    cross_entropy, auxiliary = explicit_auxiliary(model, inputs)
+    expected = gradients(model, cross_entropy + auxiliary)
+    outputs = model(**inputs)
+    torch.testing.assert_close(outputs.loss, cross_entropy, atol=1e-12, rtol=0)
+    assert_equal_gradients(gradients(model, outputs.loss), expected)
+    without = gradients(model, explicit_auxiliary(model, inputs)[0])
+    router = next(name for name in expected if "perft_router" in name)
+    assert (expected[router] - without[router]).abs().max() > 1e-4, "the auxiliary loss must be seen to act"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1024.0, 0.25])
+def test_any_factor_on_the_loss_reaches_the_auxiliary_gradient(factor):
+    """Loss scaling, division by accumulation steps, multiplication by the number of processes."""
+    model, inputs = perft_r(), batch()
+    expected = gradients(model, model(**inputs).loss)
+    scaled = gradients(model, model(**inputs).loss * factor)
+    assert_equal_gradients({name: g / factor for name, g in scaled.items()}, expected)
+
+
+def test_micro_batches_count_with_their_share_of_loss_tokens():
+    """What the Trainer does with accumulation: each forward gets the step's token count, the losses are summed."""
+    model = perft_r()
+    batches = [batch(rows, length, seed) for rows, length, seed in ((3, 7, 1), (1, 9, 2), (4, 5, 3))]
+    tokens = [int(b["labels"][:, 1:].ne(-100).sum()) for b in batches]
+    assert len(set(tokens)) == 3
+    total = sum(tokens)
+    expected = None
+    for inputs, count in zip(batches, tokens, strict=True):
+        # Transformers computes the cross-entropy in float32: take it as the Trainer has it, already divided.
+        cross_entropy, auxiliary = explicit_auxiliary(model, inputs | {"num_items_in_batch": torch.tensor(total)})
+        part = gradients(model, cross_entropy + auxiliary * (count / total))
+        expected = part if expected is None else {n: expected[n] + g for n, g in part.items()}
+    loss = sum(model(**inputs, num_items_in_batch=torch.tensor(total)).loss for inputs in batches)
+    assert_equal_gradients(gradients(model, loss), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing_and_counts_once(reentrant):
+    model, inputs = perft_r(), batch()
+    with record_router_load(model) as plain:
+        expected = gradients(model, model(**inputs).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with record_router_load(model) as load:
+        model(**inputs).loss.backward()
+    assert_equal_gradients({name: p.grad for name, p in trainable(model).items()}, expected, atol=1e-12)
+    assert load.fractions() == plain.fractions()
+    assert load.losses() == plain.losses()
+    counts = {key: sums.tokens.item() for key, sums in load._sums.items()}
+    assert set(counts.values()) == {inputs["attention_mask"].sum().item()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_passes_before_one_backward(reentrant):
+    model, first, second = perft_r(), batch(seed=1), batch(seed=2)
+    one, other = gradients(model, model(**first).loss), gradients(model, model(**second).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    (model(**first).loss + model(**second).loss).backward()
+    expected = {name: one[name] + other[name] for name in one}
+    assert_equal_gradients({name: p.grad for name, p in trainable(model).items()}, expected)
+
+
+def test_evaluation_is_free_of_it():
+    model, inputs = perft_r(), batch()
+    heavy = perft_r(router_aux_loss_coef=100.0)
+    model.eval(), heavy.eval()
+    heavy.load_state_dict(model.state_dict())
+    assert torch.equal(model(**inputs).loss, heavy(**inputs).loss)
+    # Not even its gradient, should somebody differentiate an evaluation (influence functions, attacks).
+    assert_equal_gradients(gradients(model, model(**inputs).loss), gradients(heavy, heavy(**inputs).loss), atol=0)
+
+
+def test_a_loss_it_cannot_see_is_said_loudly():
+    model, inputs = perft_r(), batch()
+    logits = model(**inputs).logits
+    with pytest.warns(UserWarning, match="auxiliary loss .* is NOT applied"):
+        logits.square().mean().backward()
+    silent = perft_r(router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    silent(**inputs).logits.square().mean().backward()  # nothing is asked for, so nothing is said
+
+
+def test_calling_past_the_model_is_said_too():
+    model, inputs = perft_r(), batch()
+    inner = model.get_base_model().model
+    with pytest.warns(UserWarning, match="auxiliary loss .* is NOT applied"):
+        inner(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("variant", ["E", "D", "S"])
+def test_other_variants_have_none(variant):
+    base = zoo.build("olmoe")
+    model = get_peft_model(base, PerftConfig(variant=variant, r=4, task_type="CAUSAL_LM")).train()
+    with record_router_load(model) as load:
+        model(**batch()).loss.backward()
+    assert load.fractions() == {}
+    assert load.losses() == {}
+
+
+def test_base_and_adapter_terms_stay_apart():
+    """output_router_logits adds the base model's own term to the loss and leaves the adapter's where it was."""
+    model, inputs = perft_r(), batch()
+    plain = model(**inputs)
+    both = model(**inputs, output_router_logits=True)
+    base_term = model.get_base_model().config.router_aux_loss_coef * both.aux_loss
+    torch.testing.assert_close(both.loss, plain.loss + base_term, atol=1e-6, rtol=0)  # HF counts in float32
+    assert len(both.router_logits) == model.get_base_model().config.num_hidden_layers
+    with record_router_load(model) as load:
+        model(**inputs)
+    assert load.losses()["router_aux_loss"] != pytest.approx(both.aux_loss.item(), rel=1e-3)
+
+
+def test_recorded_loss_and_load_equal_the_loops():
+    model, inputs = perft_r(), batch()
+    with record_router_load(model) as load:
+        model(**inputs)
+    _, auxiliary = explicit_auxiliary(model, inputs)
+    losses = load.losses()
+    weighted = 0.5 * losses["router_aux_loss"] + 0.1 * losses["router_z_loss"]
+    assert weighted == pytest.approx(auxiliary.item(), abs=1e-6)
+    for shares in load.fractions().values():
+        assert len(shares) == 4
+        assert sum(shares) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_has_no_graph_break_and_the_same_gradient(checkpointing):
+    torch._dynamo.reset()
+    model, inputs = perft_r(dtype=torch.float32), batch()
+    expected = gradients(model, model(**inputs).loss)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(**inputs, use_cache=False).loss.backward()  # with a cache Transformers itself logs and breaks the graph
+    # float32, and the compiled graph adds the load-balance gradient in another order.
+    assert_equal_gradients({name: p.grad for name, p in trainable(model).items()}, expected, atol=1e-5)
