@@ -173,14 +173,19 @@ def _anchor_outputs(outputs: Any, share: Tensor | float, state: PerftState, tape
 
 
 def _anchor(value: Tensor, share: Tensor | float, state: PerftState, tape: ForwardTape, source: str) -> Tensor:
-    if torch.compiler.is_compiling():
-        if source != "loss":
-            return value
-        objective = tape.objective().to(value.device)
-        return value + ((objective - objective.detach()) * share).to(value.dtype)
+    """``value`` unchanged, with the auxiliary gradient behind it; ``share`` turns its gradient into the tape's weight."""
     if not value.requires_grad:
         return value
-    return anchor_loss(value, torch.as_tensor(share, device=value.device), state, tape, source)
+    share = torch.as_tensor(share, device=value.device)
+    compiled, eager = tape.by_mechanism()
+    if compiled:
+        objective = tape.objective().to(value.device)
+        value = value + (share * (objective - objective.detach())).to(value.dtype)
+    if eager:
+        # A node in Python ends a compiled graph. Eager layers under a compiled model mean that it ended before.
+        attach = torch.compiler.disable(anchor_loss) if torch.compiler.is_compiling() else anchor_loss
+        value = attach(value, share, state, tape, source)
+    return value
 
 
 def _token_mask(attention_mask: Any, tokens: int) -> Tensor | None:

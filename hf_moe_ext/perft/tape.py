@@ -3,8 +3,11 @@
 The auxiliary gradient is injected by two autograd nodes that leave every value unchanged. One sits on the loss (or on
 TRL's ``log_probs``): its backward runs before any block's and reads off with which weight this micro-batch enters the
 step, so gradient accumulation, token averaging over processes, loss scaling and any factor the trainer applies are
-already in it. The other sits on each router's logits: its backward adds the auxiliary gradient times that weight. Under
-``torch.compile``, where a node cannot talk to Python, ``objective - objective.detach()`` is added to the loss instead.
+already in it. The other sits on each router's logits: its backward adds the auxiliary gradient times that weight. In a
+layer under ``torch.compile``, where a node cannot talk to Python, the sums keep their graph and ``objective -
+objective.detach()`` is added to the loss instead; a model compiled in parts may do both. (Compiling with gradient
+checkpointing, the record inside a checkpointed layer breaks the graph there unless
+``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`` is set; the gradient is right either way.)
 
 The load-balance loss pools all layers, and its load factors are only known when the forward is over; they are constants
 of the gradient, so each layer's share is computed in its own backward, also when gradient checkpointing recomputes it.
@@ -92,6 +95,12 @@ class ForwardTape:
             (gradient,) = torch.autograd.grad(objective, leaf)
         weight = torch.stack([w.to(gradient.device) for w in self.weights.values()]).sum()
         return gradient * weight.to(gradient.dtype)
+
+    def by_mechanism(self) -> tuple[bool, bool]:
+        """Whether some routers of this pass carry their gradient in their sums (compiled), and some in nodes (eager)."""
+        wanted = [sums for (name, _), sums in self.sums.items() if self.coefficients[name]]
+        carried = [sums.probabilities.requires_grad for sums in wanted]
+        return any(carried), not all(carried)
 
     def objective(self) -> Tensor:
         """The weighted auxiliary loss of all adapters in this pass."""

@@ -201,14 +201,50 @@ def test_recorded_loss_and_load_equal_the_loops():
         assert sum(shares) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_training_has_no_graph_break_and_the_same_gradient(checkpointing):
-    torch._dynamo.reset()
-    model, inputs = perft_r(dtype=torch.float32), batch()
+def _compiled_gradients_equal(model, inputs, call):
     expected = gradients(model, model(**inputs).loss)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(**inputs, use_cache=False).loss.backward()  # with a cache Transformers itself logs and breaks the graph
+    call(**inputs, use_cache=False).loss.backward()  # with a cache and checkpointing Transformers logs, which breaks the graph
     # float32, and the compiled graph adds the load-balance gradient in another order.
     assert_equal_gradients({name: p.grad for name, p in trainable(model).items()}, expected, atol=1e-5)
+
+
+def test_compiled_training_has_no_graph_break_and_the_same_gradient():
+    torch._dynamo.reset()
+    model = perft_r(dtype=torch.float32)
+    _compiled_gradients_equal(model, batch(), torch.compile(model, backend="aot_eager", fullgraph=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own look
+@pytest.mark.parametrize("skip_side_effects", [False, True])
+def test_compiled_and_checkpointed(skip_side_effects):
+    # Not fullgraph: Transformers' hook that makes the embeddings require a gradient breaks the graph, for LoRA too.
+    torch._dynamo.reset()
+    model = perft_r(dtype=torch.float32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=skip_side_effects):
+        _compiled_gradients_equal(model, batch(), torch.compile(model, backend="aot_eager"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own look
+@pytest.mark.parametrize("parts", ["one layer", "every layer", "all but one layer"])
+def test_partly_compiled(parts):
+    """Eager layers talk through nodes, compiled ones through their sums; together they make one auxiliary loss."""
+    torch._dynamo.reset()
+    model = perft_r(dtype=torch.float32)
+    layers = model.get_base_model().model.layers
+    call = model
+    if parts == "all but one layer":
+        layers[0].forward = torch.compiler.disable(layers[0].forward)
+        call = torch.compile(model, backend="aot_eager")
+    else:
+        for layer in layers[: 1 if parts == "one layer" else None]:
+            layer.compile(backend="aot_eager")
+    _compiled_gradients_equal(model, batch(), call)
+
+
+def test_compiled_generation_has_no_graph_break():
+    torch._dynamo.reset()
+    model, inputs = perft_r(dtype=torch.float32).eval(), batch()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits
+        torch.testing.assert_close(compiled, model(**inputs).logits, atol=1e-6, rtol=0)

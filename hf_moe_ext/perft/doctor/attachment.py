@@ -31,12 +31,17 @@ def warnings_as_findings(findings: list[Finding], code: str) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         # PEFT 0.21 asks for a property under the name it had before Transformers 5.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
+        try:
+            yield
+        finally:
+            findings.extend(Finding("warning", code, str(w.message)) for w in caught if _is_ours(w))
     for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            findings.append(Finding("warning", code, str(warning.message)))
-        else:
+        if not _is_ours(warning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _is_ours(warning: warnings.WarningMessage) -> bool:
+    return issubclass(warning.category, UserWarning)
 
 
 def build_settings(options: dict[str, Any], findings: list[Finding]) -> PerftConfig:
@@ -83,7 +88,7 @@ def attach(model: nn.Module, config: PerftConfig, diagnosis: Diagnosis) -> dict[
     config.inference_mode, config.base_model_name_or_path = False, None
     try:
         with warnings_as_findings(diagnosis.findings, "attach-warning"):
-            peft_model: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+            peft_model: Any = get_peft_model(model, config)
     except NoMatchingPeftModuleError as error:
         next_step = "name the experts modules of this model, or leave the selection out"
         if not any(iterate_experts(model)):
@@ -93,7 +98,7 @@ def attach(model: nn.Module, config: PerftConfig, diagnosis: Diagnosis) -> dict[
         raise FindingError("attach-refused", str(error), "change the option named here") from error
     diagnosis.rows = trainable_rows(peft_model)
     diagnosis.also_trains = {
-        name.removeprefix("base_model.model."): tuple(parameter.shape)
+        name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): tuple(parameter.shape)
         for name, parameter in peft_model.named_parameters()
         if parameter.requires_grad and ".perft_" not in name
     }
@@ -111,9 +116,9 @@ def _summarize_router(peft_model: Any, config: PerftConfig) -> RouterSummary:
     if config.variant != "R":
         return RouterSummary(rule, None, f"variant {config.variant} does not route: every adapter has weight 1")
     if config.top_k == 1:
-        reason = "never at top_k=1: dividing the one weight by itself would cut the router's gradient"
+        reason = "never True at top_k=1, where dividing the one weight by itself would cut the router's gradient"
     elif config.normalize_top_k is None:
-        reason = "left out, so it follows the base router"
+        reason = "not set, so it follows the base router"
     else:
         reason = "as set"
     normalize = any(layer.settings["default"].normalize for layer in _layers(peft_model))
@@ -126,12 +131,13 @@ def _check_size(peft_model: Any, diagnosis: Diagnosis) -> list[Finding]:
     if settings[0].variant != "E" or largest < MANY_EXPERTS:
         return []
     share = f", {diagnosis.share_of_base:.1%} of the base model" if diagnosis.share_of_base else ""
+    active = f"{diagnosis.active_parameters:,}" if diagnosis.active_parameters else "few"
     return [
         Finding(
             "warning",
             "many-experts",
             f"variant E gives each of {largest} base experts in {len(settings)} blocks an adapter: "
-            f"{diagnosis.adapter_parameters:,} parameters{share}, of which a token uses few",
+            f"{diagnosis.adapter_parameters:,} parameters{share}, of which a token uses {active}",
             "lower r, adapt fewer layers (layers_to_transform), or take variant R, whose size does not grow with the "
             "base model's experts",
         )

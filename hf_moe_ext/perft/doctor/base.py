@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -33,6 +34,8 @@ def read_base_config(source: str, *, download: bool = True) -> PreTrainedConfig:
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
         raise TargetError(_explain_folder(folder))
+    if not folder.exists():
+        _check_hub_id(source)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=not download)
     except OSError as error:
@@ -111,13 +114,13 @@ def describe_router(site: ExpertsSite, model_config: Any) -> str:
     try:
         sums_to_one = normalizes_top_k(site.experts, model_config)
     except ValueError:
-        return f"{config.model_type}: {chosen}; whether their weights sum to 1 is not known"
+        return f"{config.model_type}, {chosen}; whether their weights sum to 1 is not known"
     fixed = isinstance(FAMILIES.get(config.model_type), bool)
     source = "fixed in this family" if fixed else f"{BY_KEY}={getattr(config, BY_KEY, 'unset')}"
     rule = "their weights sum to 1" if sums_to_one else "their weights are not made to sum to 1"
     factor = getattr(config, "routed_scaling_factor", None)
     scaled = f", then times routed_scaling_factor={factor:g}" if isinstance(factor, int | float) and factor != 1 else ""
-    return f"{config.model_type}: {chosen}; {rule} ({source}){scaled}"
+    return f"{config.model_type}, {chosen}; {rule} ({source}){scaled}"
 
 
 def check_base(config: PreTrainedConfig) -> list[Finding]:
@@ -136,6 +139,15 @@ def check_base(config: PreTrainedConfig) -> list[Finding]:
             "router_aux_loss_coef does not need it",
         )
     ]
+
+
+def _check_hub_id(source: str) -> None:
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise TargetError(
+            f"{source!r} is neither a folder here nor a Hub id (owner/name); check the spelling"
+        ) from error
 
 
 def _explain_folder(folder: Path) -> str:
