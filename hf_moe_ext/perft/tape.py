@@ -131,7 +131,7 @@ class _LossAnchor(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, share: Tensor, owner: Any, tape: ForwardTape, source: str) -> Tensor:
         ctx.save_for_backward(share)
         ctx.owner, ctx.tape, ctx.source = owner, tape, source
-        return value.view_as(value)
+        return value.clone()  # not a view: the Trainer multiplies the loss in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -1,72 +1,12 @@
 """The auxiliary loss of PERFT-R: its gradient, its weight in the step, and who must not see it."""
 
-import dataclasses
-
 import pytest
 import torch
 from peft import get_peft_model
-from support import naive, zoo
+from support import zoo
+from support.perft import assert_equal_gradients, batch, explicit_auxiliary, gradients, perft_r, trainable
 
 from hf_moe_ext import PerftConfig, record_router_load
-from hf_moe_ext.perft.layer import PerftLayer
-from hf_moe_ext.perft.tape import RouterCoefficients
-
-COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
-
-
-def perft_r(family="olmoe", dtype=torch.float64, **arguments):
-    """A tiny model with a randomly initialised PERFT-R adapter, in training mode."""
-    config = {"variant": "R", "r": 4, "num_experts": 4, "top_k": 2, "init_weights": False, **COEFFICIENTS} | arguments
-    base = zoo.build(family, dtype=dtype)
-    return get_peft_model(base, PerftConfig(task_type="CAUSAL_LM", **config)).train()
-
-
-def batch(rows=3, length=7, seed=0):
-    return zoo.random_batch(zoo.VOCAB_SIZE, rows, length, zoo.PAD_ID, seed)
-
-
-def trainable(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients(model, loss):
-    parameters = trainable(model)
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-
-
-def explicit_auxiliary(model, inputs):
-    """(cross-entropy, auxiliary loss by the loops) with ordinary autograd: no tape, the definition written out."""
-    layers = [m for m in model.modules() if isinstance(m, PerftLayer)]
-    seen = []
-    hooks = [layer.register_forward_pre_hook(lambda m, args: seen.append((m, args[0]))) for layer in layers]
-    saved = [(layer, layer.settings["default"]) for layer in layers]
-    for layer, settings in saved:
-        layer.settings["default"] = dataclasses.replace(settings, coefficients=RouterCoefficients())
-    try:
-        cross_entropy = model(**inputs).loss
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, settings in saved:
-            layer.settings["default"] = settings
-    mask = inputs["attention_mask"].bool().flatten()
-    probs, indices, logits = [], [], []
-    for layer, hidden in seen:
-        router, settings = layer.perft_router["default"], layer.settings["default"]
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        p, index, _ = naive.route(rows, router, settings.top_k, settings.normalize)
-        probs.append(p)
-        indices.append(torch.as_tensor(index))
-        logits.append(rows.double() @ router.double().T)
-    coefficients = saved[0][1].coefficients
-    auxiliary = coefficients.load_balance * naive.load_balance_loss(probs, indices, mask)
-    return cross_entropy, auxiliary + coefficients.z * naive.router_z_loss(logits, mask)
-
-
-def assert_equal_gradients(ours, theirs, atol=1e-10):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -203,7 +143,9 @@ def test_recorded_loss_and_load_equal_the_loops():
 
 def _compiled_gradients_equal(model, inputs, call):
     expected = gradients(model, model(**inputs).loss)
-    call(**inputs, use_cache=False).loss.backward()  # with a cache and checkpointing Transformers logs, which breaks the graph
+    call(
+        **inputs, use_cache=False
+    ).loss.backward()  # with a cache and checkpointing Transformers logs, which breaks the graph
     # float32, and the compiled graph adds the load-balance gradient in another order.
     assert_equal_gradients({name: p.grad for name, p in trainable(model).items()}, expected, atol=1e-5)
 
@@ -214,7 +156,9 @@ def test_compiled_training_has_no_graph_break_and_the_same_gradient():
     _compiled_gradients_equal(model, batch(), torch.compile(model, backend="aot_eager", fullgraph=True))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own look
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo's own look
 @pytest.mark.parametrize("skip_side_effects", [False, True])
 def test_compiled_and_checkpointed(skip_side_effects):
     # Not fullgraph: Transformers' hook that makes the embeddings require a gradient breaks the graph, for LoRA too.
@@ -225,7 +169,9 @@ def test_compiled_and_checkpointed(skip_side_effects):
         _compiled_gradients_equal(model, batch(), torch.compile(model, backend="aot_eager"))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own look
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo's own look
 @pytest.mark.parametrize("parts", ["one layer", "every layer", "all but one layer"])
 def test_partly_compiled(parts):
     """Eager layers talk through nodes, compiled ones through their sums; together they make one auxiliary loss."""

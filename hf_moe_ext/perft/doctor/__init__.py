@@ -137,9 +137,13 @@ def _compare_with_base(
     model = build_on_meta(base_config, config.task_type, (config.auto_mapping or {}).get("base_model_class"))
     diagnosis.base = summarize_base(source, base_config, model)
     own = _shapes(model)
+    saved_rows = diagnosis.rows
     tensors = attach(model, config, diagnosis)
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    diagnosis.findings.extend(compare_header(header, expected, own))
+    mismatches = compare_header(header, expected, own)
+    if any(finding.level == "error" for finding in mismatches):
+        diagnosis.rows = saved_rows  # what the file holds, not what this base model would need
+    diagnosis.findings.extend(mismatches)
     diagnosis.findings.extend(check_base(base_config))
 
 

@@ -90,10 +90,11 @@ def attach(model: nn.Module, config: PerftConfig, diagnosis: Diagnosis) -> dict[
         with warnings_as_findings(diagnosis.findings, "attach-warning"):
             peft_model: Any = get_peft_model(model, config)
     except NoMatchingPeftModuleError as error:
-        next_step = "name the experts modules of this model, or leave the selection out"
-        if not any(iterate_experts(model)):
-            next_step = "choose a Mixture-of-Experts base model; for a dense one PEFT's LoRA does the same job"
-        raise FindingError("nothing-to-adapt", str(error), next_step) from error
+        if any(iterate_experts(model)):
+            next_step = "name some of these modules, or leave the selection out"
+            raise FindingError("nothing-selected", str(error), next_step) from error
+        next_step = "choose a base model of a supported family, or adapt this one with PEFT's LoRA"
+        raise FindingError("no-moe-block", str(error), next_step) from error
     except (ValueError, TypeError) as error:
         raise FindingError("attach-refused", str(error), "change the option named here") from error
     diagnosis.rows = trainable_rows(peft_model)

@@ -1,5 +1,6 @@
 """The base model without its weights: read from its config.json, built on the meta device."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,14 @@ import transformers
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_moe_ext.host.blocks import ExpertsSite
 from hf_moe_ext.host.families import BY_KEY, FAMILIES, active_experts, normalizes_top_k
@@ -69,12 +77,7 @@ def build_on_meta(config: PreTrainedConfig, task_type: str | None = None, class_
     Raises:
         FindingError: Transformers cannot build it.
     """
-    builder: Any = getattr(transformers, _AUTO_CLASSES[task_type]) if task_type in _AUTO_CLASSES else None
-    if builder is None:
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            class_name = class_name or next(iter(config.architectures or ()), None)
-        builder = getattr(transformers, class_name or "AutoModelForCausalLM", AutoModelForCausalLM)
-    build = getattr(builder, "from_config", None) or builder._from_config
+    build = _choose_builder(config, task_type, class_name)
     try:
         with torch.device("meta"):
             return build(config)
@@ -85,6 +88,18 @@ def build_on_meta(config: PreTrainedConfig, task_type: str | None = None, class_
             f"configuration: {type(error).__name__}: {_first_line(error)}",
             "correct config.json, or upgrade transformers if the model is newer than it",
         ) from error
+
+
+def _choose_builder(config: PreTrainedConfig, task_type: str | None, class_name: str | None) -> Callable[..., Any]:
+    if task_type in _AUTO_CLASSES:
+        return getattr(transformers, _AUTO_CLASSES[task_type]).from_config
+    if class_name is None and type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config
+    model_class = getattr(transformers, class_name or next(iter(config.architectures or ()), ""), None)
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        return model_class._from_config
+    fits = (auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping)
+    return next(fits, AutoModel).from_config
 
 
 def summarize_base(source: str, config: PreTrainedConfig, model: nn.Module) -> BaseSummary:

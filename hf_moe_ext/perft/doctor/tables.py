@@ -59,46 +59,40 @@ def _group_name(group: list[TrainableRow]) -> str:
 
 def _print_head(diagnosis: Diagnosis, console: Console) -> None:
     settings, base = diagnosis.settings, diagnosis.base
-    console.print(Text(f"{diagnosis.target}", style="bold"), soft_wrap=True)
+    new = " with a new PERFT adapter" if diagnosis.kind == "model" and settings else ""
+    console.print(Text.assemble((diagnosis.target, "bold"), new), soft_wrap=True)
     if settings:
         sizes = [f"r={settings['r']}"]
         sizes += [f"{key}={settings[key]}" for key in ("num_experts", "top_k") if key in settings]
-        what = "saved PERFT adapter" if diagnosis.kind == "adapter" else "with a new PERFT adapter"
-        text = f"{what}: variant {settings['variant']}, {settings['adapter']}, {', '.join(sizes)}"
-        console.print(Text(text))
+        console.print(Text(f"adapter: variant {settings['variant']}, {settings['adapter']}, {', '.join(sizes)}"))
     if base is not None:
-        on = f"base model {base.source}: " if diagnosis.kind == "adapter" else "base model: "
-        text = f"{on}{base.model_class} (model_type {base.model_type}), {base.parameters:,} parameters, {base.dtype}"
+        where = f"{base.source}, " if diagnosis.kind == "adapter" else ""
+        text = f"base model: {where}{base.model_class}, {base.parameters:,} parameters, {base.dtype}"
         console.print(Text(text))
 
 
 def _print_trainable(diagnosis: Diagnosis, console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for heading, justify in (
-        ("modules", "left"),
-        ("tensors of each", "left"),
-        ("stored", "right"),
-        ("active", "right"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("modules, and the tensors of each", overflow="fold")
+    for heading in ("stored", "active per token"):
+        table.add_column(heading, justify="right")
     for name, group in group_rows(diagnosis.rows):
         row = group[0]
-        tensors = "\n".join(f"{tensor} {list(shape)}" for tensor, shape in row.tensors.items())
-        table.add_row(Text(name), Text(tensors), f"{row.total:,}", _format_active(row.active))
+        tensors = "".join(f"\n  {tensor} {list(shape)}" for tensor, shape in row.tensors.items())
+        table.add_row(Text(name + tensors), f"{row.total:,}", _format_active(row.active))
     if len(diagnosis.rows) > 1:
         table.add_section()
         total, active = diagnosis.adapter_parameters, diagnosis.active_parameters
-        table.add_row(f"all {len(diagnosis.rows)} modules", "", f"{total:,}", _format_active(active))
+        table.add_row(f"all {len(diagnosis.rows)} modules", f"{total:,}", _format_active(active))
     _print_title("What would train" if diagnosis.kind == "model" else "What was trained", console)
-    console.print(table)
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
     beside = [f"{name} {list(shape)}" for name, shape in diagnosis.also_trains.items()]
     if beside:
         more = f", and {len(beside) - _BESIDE_SHOWN} more" if len(beside) > _BESIDE_SHOWN else ""
         _print_indented(f"and beside the adapters: {', '.join(beside[:_BESIDE_SHOWN])}{more}", console)
     if diagnosis.share_of_base is not None:
-        text = f"{diagnosis.trainable_parameters:,} parameters, {diagnosis.share_of_base:.3g} of the base model's"
-        text = text.replace(f"{diagnosis.share_of_base:.3g}", f"{diagnosis.share_of_base:.2%}")
-        _print_indented(f"together {text}; active: what one token uses", console)
+        share = f"{diagnosis.share_of_base:.2%}" if diagnosis.share_of_base >= 5e-5 else "less than 0.01%"
+        _print_indented(f"{diagnosis.trainable_parameters:,} parameters, {share} of the base model's", console)
 
 
 def _format_active(active: int | None) -> str:
@@ -128,9 +122,9 @@ def _print_router(diagnosis: Diagnosis, console: Console) -> None:
         return
     _print_title("How it routes", console)
     for line in router.base_rule.splitlines():
-        _print_indented(f"base router, {line}", console)
-    resolved = "" if router.normalize_top_k is None else f"normalize_top_k = {router.normalize_top_k}: "
-    _print_indented(f"adapters, {resolved}{router.reason}", console)
+        _print_indented(f"base router: {line}", console)
+    resolved = f"normalize_top_k = {router.normalize_top_k} ({router.reason})"
+    _print_indented(f"adapters: {router.reason if router.normalize_top_k is None else resolved}", console)
 
 
 def _print_findings(findings: list[Finding], console: Console) -> None:
@@ -142,7 +136,7 @@ def _print_findings(findings: list[Finding], console: Console) -> None:
         text = Text.assemble((finding.level, style), f" ({finding.code}): {finding.message}")
         if finding.next_step:
             text.append(f"\nnext: {finding.next_step}")
-        console.print(Padding(text, (0, 0, 0, 2)))
+        console.print(Padding(text, (0, 0, 0, 2), expand=False))
 
 
 def _print_title(text: str, console: Console) -> None:
@@ -151,4 +145,4 @@ def _print_title(text: str, console: Console) -> None:
 
 
 def _print_indented(text: str, console: Console) -> None:
-    console.print(Padding(Text(text), (0, 0, 0, 2)))
+    console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
