@@ -21,6 +21,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traine
 from transformers.utils import logging
 
 from built_in_data import build_built_in
+from cpu_processes import find_missing_processes, start_processes
 from evaluation import sum_answer_nats
 from finetune_arguments import QUICKSTART_MODEL, Arguments, UserError, find_idle_settings, parse_arguments
 from finetune_data import apply_chat_templates, encode_rows, load_rows
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     first_process = os.environ.get("RANK", "0") == "0"
     try:
         arguments = parse_arguments(argv)
+        if argv is None and (missing := find_missing_processes()):
+            check_output_folder(arguments)  # here the exit code is still ours to choose
+            return start_processes(missing, __file__, sys.argv[1:])
         finetune(arguments, shlex.join(["recipes/finetune.py", *(sys.argv[1:] if argv is None else argv)]))
     except UserError as error:
         if first_process:

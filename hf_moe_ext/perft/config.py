@@ -3,7 +3,7 @@
 import logging
 import warnings
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ VARIANTS = ("R", "E", "D", "S")
 ADAPTERS = ("lora", "parallel")
 
 
-class PerftType(StrEnum):
+class PerftType(str, Enum):  # noqa: UP042 - PEFT's status reads the name off str(), which StrEnum shortens
     """PEFT's own enumeration is closed to other packages; equal to its string, this one resolves in PEFT's tables."""
 
     PERFT = "PERFT"

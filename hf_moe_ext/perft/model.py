@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import (
     _get_tuner_state_dict_key_prefixes,
 )
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -79,6 +79,14 @@ class PerftModel(BaseTuner):
                 f"PerftConfig: no experts module is left by target_modules={config.target_modules!r}, "
                 f"exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform!r}, "
                 f"layers_pattern={config.layers_pattern!r}; this model has: {', '.join(sites)}"
+            )
+        # PEFT itself adds both names of a classification head, of which a model has one.
+        wanted = [m for m in config.modules_to_save or () if m not in SEQ_CLS_HEAD_NAMES]
+        lost = [m for m in wanted if not any(name == m or name.endswith(f".{m}") for name in names)]
+        if lost:
+            raise ValueError(
+                f"PerftConfig: modules_to_save names {', '.join(lost)}, which this model does not have; leave it out, or "
+                "give a module's name as in model.named_modules()"
             )
         for name in matched:
             self._settings(config, name, sites[name], model)  # raises here rather than half-way

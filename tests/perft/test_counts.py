@@ -251,7 +251,7 @@ UNIFORM, NORMAL = 1.8, 3.0  # kurtosis
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("init_weights", [True, False])
 def test_every_slice_of_A_is_kaiming_uniform(rank, init_weights):
-    """std 1/sqrt(3D) and bound 1/sqrt(D) whatever r is; torch's own init of the stacked tensor divides by sqrt(r) more.
+    """Std 1/sqrt(3D) and bound 1/sqrt(D) whatever r is; torch's own init of the stacked tensor divides by sqrt(r) more.
 
     With D = 256 the 5-sigma bound is 14% at r = 1 and falls with sqrt(r), while that mistake is 29% at r = 2.
     """

@@ -93,11 +93,15 @@ def build_on_meta(config: PreTrainedConfig, task_type: str | None = None, class_
 def _choose_builder(config: PreTrainedConfig, task_type: str | None, class_name: str | None) -> Callable[..., Any]:
     if task_type in _AUTO_CLASSES:
         return getattr(transformers, _AUTO_CLASSES[task_type]).from_config
-    if class_name is None and type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM.from_config
-    model_class = getattr(transformers, class_name or next(iter(config.architectures or ()), ""), None)
-    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-        return model_class._from_config
+    named = [class_name or ""]
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        named.extend(config.architectures or ())
+    for name in named:
+        model_class = getattr(transformers, name, None)
+        # The names come from files: only a model class, and only on its own kind of configuration.
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+            if model_class.config_class is type(config):
+                return model_class._from_config
     fits = (auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping)
     return next(fits, AutoModel).from_config
 
