@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from datasets import Dataset
-
 from finetune_arguments import DataArguments, UserError
 from quickstart.arithmetic import build_arithmetic_rows
 from quickstart.corpus import Corpus, Module, is_held_out

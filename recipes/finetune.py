@@ -12,16 +12,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.utils import logging
-
+from accelerate import PartialState
 from built_in_data import build_built_in
 from cpu_processes import find_missing_processes, start_processes
+from datasets import Dataset
 from evaluation import sum_answer_nats
 from finetune_arguments import QUICKSTART_MODEL, Arguments, UserError, find_idle_settings, parse_arguments
 from finetune_data import apply_chat_templates, encode_rows, load_rows
@@ -31,14 +30,18 @@ from finetune_model import (
     count_parameters,
     group_parameters,
     load_model,
+    load_outline,
     load_tokenizer,
 )
 from held_out import HeldOut, Measurement
-from hf_moe_ext import RouterLoadCallback, record_router_load
 from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder
 from quickstart.corpus import Corpus, read_corpus
 from quickstart.pretrain import REPORT_FILE, BaseSettings, build_base, find_base
 from reporting import append_results, compare_losses, draw_load_map, draw_loss_curve, format_results, write_metrics
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.utils import logging
+
+from hf_moe_ext import RouterLoadCallback, record_router_load
 
 logger = logging.get_logger("finetune")
 
@@ -71,17 +74,8 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
     Returns:
         What `metrics.json` holds.
     """
-    clock = Clock()
-    training = arguments.training
-    logging.set_verbosity_warning()
-    if not torch.accelerator.is_available():
-        training.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
-    for sentence in find_idle_settings(arguments):
-        logger.warning(sentence)
-    # What can be refused is refused before anything takes time or is written.
-    build_adapter_config(arguments.adapter)
-    check_output_folder(arguments)
-    check_hub_login(arguments)
+    clock, training = Clock(), arguments.training
+    refuse_mistakes(arguments)
     checkpoint = find_checkpoint(arguments)
     set_seed(training.seed)
 
@@ -90,46 +84,94 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
         rows = load_rows(arguments, lambda: build_built_in(arguments.data, corpus))
     with clock("base"), training.main_process_first(desc="pre-train the base"):
         path, base = prepare_base(arguments, corpus)
-    tokenizer = load_tokenizer(arguments.model, path)
-    model = attach(load_model(arguments.model, path), arguments.adapter, training.seed)
     with clock("tokenize"), training.main_process_first(desc="tokenize"):
+        tokenizer = load_tokenizer(arguments.model, path)
         rows = {side: apply_chat_templates(part, tokenizer) for side, part in rows.items()}
-        held_out = HeldOut(rows["test"], rows.get("train"), tokenizer, arguments.data)
-        train_rows = None
-        if arguments.adapter.peft != "none":
-            train_rows = encode_rows(rows["train"], tokenizer, arguments.data.max_length, "tokenize train rows")
-    with training.main_process_first(desc="claim the output folder"):
-        if training.process_index == 0:
-            claim_output_folder(arguments)
+        held_out = HeldOut(rows["test"], rows["train"], tokenizer, arguments.data)
+        train_rows = encode_rows(rows["train"], tokenizer, arguments.data.max_length, "tokenize train rows")
+    if training.process_index == 0:
+        claim_output_folder(arguments)
 
-    trainer = build_trainer(arguments, model, tokenizer, train_rows)
     with clock("before"):
-        before = held_out.measure(trainer, "before")
-    after, load = None, {}
+        before = measure_base(arguments, path, tokenizer, held_out)
+    trained = None
     if arguments.adapter.peft != "none":
-        with clock("train"):
-            trainer.train(resume_from_checkpoint=checkpoint)
-        with clock("after"), record_router_load(model) as recorded:
-            after = held_out.measure(trainer, "after")
-        load = recorded.fractions()  # sums over processes, so every one of them asks
-        trainer.save_model(str(arguments.output_dir))
-        trainer.save_state()
+        trained = train(arguments, path, tokenizer, train_rows, held_out, checkpoint, clock)
     metrics = {
         "command": command,
         "settings": arguments.describe(),
         "base": base,
-        "parameters": count_parameters(model, arguments.adapter),
-        **compare(held_out, before, after, training.seed),
-        "router_load": load,
-        "train_rows": 0 if train_rows is None else len(train_rows),
-        "steps": trainer.state.global_step,
+        **compare(held_out, before, trained and trained.after, training.seed),
+        **(trained.facts if trained else {}),
+        "train_rows": len(train_rows),
         "processes": training.world_size,
+    }
+    if training.process_index == 0:
+        write_files(arguments, metrics, clock)
+    PartialState().wait_for_everyone()
+    return metrics
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gives: the measurement after it, and the facts for `metrics.json`."""
+
+    after: Measurement
+    facts: dict[str, Any]
+
+
+def refuse_mistakes(arguments: Arguments) -> None:
+    """Refuse what can be refused before anything takes time or is written; warn about settings without effect."""
+    logging.set_verbosity_warning()
+    if not torch.accelerator.is_available():
+        arguments.training.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
+    for sentence in find_idle_settings(arguments):
+        logger.warning(sentence)
+    check_output_folder(arguments)
+    check_hub_login(arguments)
+    build_adapter_config(arguments.adapter)
+    if arguments.model.model_name_or_path != QUICKSTART_MODEL:
+        attach(load_outline(arguments.model), arguments.adapter)
+
+
+def measure_base(arguments: Arguments, path: str, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut) -> Measurement:
+    """Measure the model as it was loaded, and let go of it.
+
+    It is a model and a Trainer of their own: a model that evaluation has prepared is not wrapped again for training
+    (accelerate marks it as prepared), so that several processes would train without exchanging gradients.
+    """
+    trainer = build_trainer(arguments, load_model(arguments.model, path), tokenizer, None, held_out.encoded)
+    before = held_out.measure(trainer, "before")
+    trainer.accelerator.free_memory()
+    return before
+
+
+def train(
+    arguments: Arguments,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    held_out: HeldOut,
+    checkpoint: str | None,
+    clock: "Clock",
+) -> Trained:
+    """Attach, train with the plain Trainer, save, and measure again."""
+    set_seed(arguments.training.seed)
+    model = attach(load_model(arguments.model, path), arguments.adapter)
+    trainer = build_trainer(arguments, model, tokenizer, rows, held_out.encoded)
+    with clock("train"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(arguments.output_dir))
+    trainer.save_state()
+    with clock("after"), record_router_load(model) as load:
+        after = held_out.measure(trainer, "after")
+    facts = {
+        "parameters": count_parameters(model, arguments.adapter),
+        "router_load": load.fractions(),  # sums over processes, so every one of them asks
+        "steps": trainer.state.global_step,
         "log": trainer.state.log_history,
     }
-    if trainer.is_world_process_zero():
-        write_files(arguments, metrics, clock)
-    trainer.accelerator.wait_for_everyone()
-    return metrics
+    return Trained(after, facts)
 
 
 def read_source(arguments: Arguments) -> Corpus | None:
@@ -173,13 +215,17 @@ def prepare_base(arguments: Arguments, corpus: Corpus | None) -> tuple[str, dict
 
 
 def build_trainer(
-    arguments: Arguments, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, train_rows: Dataset | None
+    arguments: Arguments,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset | None,
+    eval_rows: Dataset,
 ) -> Trainer:
     """A plain Trainer; a router learning rate of its own becomes an optimizer group."""
     training, adapter = arguments.training, arguments.adapter
-    tokenizer.padding_side = "right"
     optimizer = None
-    if adapter.router_learning_rate is not None and adapter.peft == "perft" and adapter.variant == "R":
+    routed = adapter.peft == "perft" and adapter.variant == "R" and train_rows is not None
+    if routed and adapter.router_learning_rate is not None:
         groups = group_parameters(model, training.learning_rate, adapter.router_learning_rate, training.weight_decay)
         optimizer = torch.optim.AdamW(
             groups, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon
@@ -188,12 +234,13 @@ def build_trainer(
         model=model,
         args=training,
         train_dataset=train_rows,
+        eval_dataset=eval_rows,  # for --eval_strategy; choosing a checkpoint by it would be choosing on the test
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         processing_class=tokenizer,
         preprocess_logits_for_metrics=sum_answer_nats,
         optimizers=(optimizer, None),
     )
-    if adapter.peft == "perft":
+    if routed:
         # First, so that what it adds to a log line is seen by every reporter after it.
         trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(model))
     return trainer
@@ -219,7 +266,7 @@ def write_files(arguments: Arguments, metrics: dict[str, Any], clock: "Clock") -
     if "after" in metrics["loss"]:
         draw_loss_curve(metrics["log"], metrics["loss"]["before"], metrics["loss"]["after"], folder / LOSS_CURVE)
         pictures.append(LOSS_CURVE)
-    if metrics["router_load"]:
+    if metrics.get("router_load"):
         draw_load_map(metrics["router_load"], folder / LOAD_MAP)
         pictures.append(LOAD_MAP)
     metrics |= {"pictures": pictures, "seconds": clock.seconds}

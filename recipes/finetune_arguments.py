@@ -123,7 +123,7 @@ class FinetuneTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete the earlier run in --output_dir and start anew."}
     )
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser reads the order, as TrainingArguments has it
         default="none", metadata={"help": "Where Trainer reports to: tensorboard, wandb ..."}
     )
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
+from finetune_arguments import BUILT_IN_DATASETS, Arguments, DataArguments, UserError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-
-from finetune_arguments import BUILT_IN_DATASETS, Arguments, DataArguments, UserError
 
 logger = logging.get_logger("finetune")
 
@@ -31,7 +30,7 @@ def load_rows(arguments: Arguments, built_in: Callable[[], dict[str, Dataset]]) 
         built_in: Makes the rows when the name is a built-in one.
 
     Returns:
-        `{"train": rows, "test": rows}`; without "train" for `--peft none`.
+        `{"train": rows, "test": rows}`.
 
     Raises:
         UserError: The data cannot be read, is empty, or has no usable column.
@@ -40,13 +39,15 @@ def load_rows(arguments: Arguments, built_in: Callable[[], dict[str, Dataset]]) 
     if data.dataset_name in BUILT_IN_DATASETS:
         sides = built_in()
     else:
-        sides = _choose_splits(_read(data), data, arguments.training.seed, arguments.adapter.peft == "none")
+        sides = _choose_splits(_read(data), data, arguments.training.seed)
     limits = {"train": data.max_train_samples, "test": data.max_eval_samples}
     rows = {}
     for side, part in sides.items():
         part = _sample(_to_prompts(part, data.dataset_name), limits[side], arguments.training.seed)
         if not len(part):
-            raise UserError(f"--dataset_name {data.dataset_name}: the {side} side has no row with text. Give more data.")
+            raise UserError(
+                f"--dataset_name {data.dataset_name}: the {side} side has no row with text. Give more data."
+            )
         rows[side] = part
     return rows
 
@@ -162,33 +163,28 @@ def _read(data: DataArguments) -> Dataset | DatasetDict:
         ) from error
 
 
-def _choose_splits(
-    loaded: Dataset | DatasetDict, data: DataArguments, seed: int, test_only: bool
-) -> dict[str, Dataset]:
+def _choose_splits(loaded: Dataset | DatasetDict, data: DataArguments, seed: int) -> dict[str, Dataset]:
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
     train_name, test_name = data.dataset_train_split, data.dataset_test_split
-    if train_name not in splits and not (test_only and test_name in splits):
-        raise UserError(
-            f"--dataset_train_split {train_name}: {data.dataset_name} has the splits {', '.join(map(str, splits))}. "
-            "Name one of them."
-        )
+    has = f"{data.dataset_name} has the splits {', '.join(map(str, splits))}"
+    if train_name not in splits:
+        raise UserError(f"--dataset_train_split {train_name}: {has}. Name one of them.")
     if test_name in splits:
-        test = {"test": splits[test_name]}
-        return test if test_only else {"train": splits[train_name], **test}
+        return {"train": splits[train_name], "test": splits[test_name]}
     if test_name != DataArguments.dataset_test_split:
         raise UserError(
-            f"--dataset_test_split {test_name}: {data.dataset_name} has the splits {', '.join(map(str, splits))}. "
-            "Name one of them, or leave it out to hold out a tenth of the train split."
+            f"--dataset_test_split {test_name}: {has}. Name one of them, or leave it out to hold out a tenth of "
+            f"'{train_name}'."
         )
     rows = splits[train_name]
     if len(rows) < 2:
         raise UserError(
-            f"--dataset_name {data.dataset_name} has {len(rows)} row(s) and no split '{test_name}'; "
-            "at least 2 are needed, one to measure on. Give more data."
+            f"--dataset_name {data.dataset_name} has {len(rows)} row(s) and no split '{test_name}'; at least 2 are "
+            "needed, one of them to measure on. Give more data."
         )
     logger.warning("%s has no split '%s': a tenth of '%s' is held out.", data.dataset_name, test_name, train_name)
     parts = rows.train_test_split(test_size=max(1, len(rows) // 10), seed=seed)
-    return {"test": parts["test"]} if test_only else {"train": parts["train"], "test": parts["test"]}
+    return {"train": parts["train"], "test": parts["test"]}
 
 
 def _to_prompts(rows: Dataset, name: str) -> Dataset:

@@ -1,14 +1,12 @@
 """The model of a run: loading it, and making it trainable the way `--peft` says."""
 
 import inspect
-import logging
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
 from finetune_arguments import AdapterArguments, ModelArguments, UserError
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from hf_moe_ext import PerftConfig
 
 LORA_TARGETS = ("q_proj", "v_proj")
@@ -69,6 +67,7 @@ def load_tokenizer(arguments: ModelArguments, path: str) -> PreTrainedTokenizerB
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # never attended to and never scored, so any token does
+    tokenizer.padding_side = "right"
     return tokenizer
 
 
@@ -93,7 +92,25 @@ def load_model(arguments: ModelArguments, path: str) -> PreTrainedModel:
     return model
 
 
-def attach(model: PreTrainedModel, arguments: AdapterArguments, seed: int) -> torch.nn.Module:
+def load_outline(arguments: ModelArguments) -> PreTrainedModel:
+    """The model without weights, on the meta device: enough to see whether an adapter fits, and read in a second.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            arguments.model_name_or_path,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load("model", arguments, error) from error
+
+
+def attach(model: PreTrainedModel, arguments: AdapterArguments) -> torch.nn.Module:
     """Add the adapter; the model itself for full and none.
 
     Raises:
@@ -102,18 +119,15 @@ def attach(model: PreTrainedModel, arguments: AdapterArguments, seed: int) -> to
     config = build_adapter_config(arguments)
     if config is None:
         return model
-    torch.manual_seed(seed)
-    # Attaching tells, through logging, what trains; it is worth seeing without a debug switch.
-    logging.getLogger("hf_moe_ext").setLevel(logging.INFO)
     try:
-        adapted = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise UserError(f"--peft {arguments.peft}: {error}") from error
-    adapted.print_trainable_parameters()
-    return adapted
 
 
-def group_parameters(model: torch.nn.Module, learning_rate: float, router_rate: float, weight_decay: float) -> list[dict]:
+def group_parameters(
+    model: torch.nn.Module, learning_rate: float, router_rate: float, weight_decay: float
+) -> list[dict]:
     """Two optimizer groups: the adapter router, with its own rate and no decay, and all the rest."""
     routers, others = [], []
     for name, parameter in model.named_parameters():
@@ -146,11 +160,6 @@ def _used_share(model: torch.nn.Module, name: str, adapter: AdapterArguments) ->
         base = model.config.get_text_config()
         return base.num_experts_per_tok / model.get_parameter(name).shape[0]
     return 1
-
-
-def accepts_file(path: str) -> bool:
-    """Whether a model name is a folder on this machine."""
-    return Path(path).is_dir()
 
 
 def _cannot_load(what: str, arguments: ModelArguments, error: Exception) -> UserError:

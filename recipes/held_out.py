@@ -8,12 +8,11 @@ from typing import Any
 import evaluate
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
-
 from evaluation import RowLosses, choose_answers, generate_answers, measure_losses
 from finetune_arguments import DataArguments
 from finetune_data import encode_prompt, encode_rows, expand_choices
 from quickstart.docstrings import name_words
+from transformers import PreTrainedTokenizerBase, Trainer
 
 METRIC = Path(__file__).resolve().parent / "metrics" / "docstring_overlap"
 METRIC_SCORE = "word_f1"
@@ -35,13 +34,13 @@ class HeldOut:
 
     Args:
         rows: Rows of `prompt` and `completion`, and `name`, `answer`, `choices`, `group` where the data set has them.
-        train: The train rows, for the majority class; None when nothing is trained.
+        train: The train rows, for the majority class.
         tokenizer: The model's tokenizer.
         arguments: The data arguments.
     """
 
     def __init__(
-        self, rows: Dataset, train: Dataset | None, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
+        self, rows: Dataset, train: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: DataArguments
     ) -> None:
         encoded = encode_rows(rows, tokenizer, arguments.max_length, "tokenize held-out rows")
         # Rows of one length together: batches with little padding.
@@ -54,7 +53,7 @@ class HeldOut:
         if arguments.answer_choices_metric:
             choices, self.question_of_row, self.right = expand_choices(self.rows)
             self.choices = encode_rows(choices, tokenizer, arguments.max_length, "tokenize answer choices")
-            self.majority = self._find_majority(train if train is not None else rows)
+            self.majority = self._find_majority(train)
 
     def _choose_written_rows(self) -> list[int]:
         """Rows to write an answer for: spread over all lengths, and only rows that ask something."""

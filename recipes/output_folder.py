@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
+from finetune_arguments import Arguments, UserError
 from huggingface_hub import HfApi, get_token
 from transformers.utils import logging
-
-from finetune_arguments import Arguments, UserError
 
 logger = logging.get_logger("finetune")
 
@@ -79,10 +78,13 @@ def find_checkpoint(arguments: Arguments) -> str | None:
         return value
     # A run killed while it saved leaves a folder without the file that is written last.
     found = sorted(
-        arguments.output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1])
+        arguments.output_dir.glob("checkpoint-*/trainer_state.json"),
+        key=lambda path: int(path.parent.name.split("-")[1]),
     )
     if not found:
-        logger.warning("--resume_from_checkpoint: %s holds no checkpoint yet; starting at step 0.", arguments.output_dir)
+        logger.warning(
+            "--resume_from_checkpoint: %s holds no checkpoint yet; starting at step 0.", arguments.output_dir
+        )
         return None
     return str(found[-1].parent)
 

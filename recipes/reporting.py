@@ -7,11 +7,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-
 from evaluation import RowLosses, as_plain
 
 matplotlib.use("Agg")  # no display is needed to write a file
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 RESULTS_HEADING = "## Results of this run"
 
@@ -131,8 +130,11 @@ def format_results(metrics: Mapping[str, Any]) -> str:
             f"{'-' if scores.get('after') is None else format(scores['after'], '.1%')} | | "
             f"majority class {scores['majority_class']:.1%} |"
         )
-    parameters = metrics["parameters"]
-    lines += ["", f"Trainable parameters: {parameters['trainable']:,}, of which a token uses {parameters['active']:,}."]
+    if parameters := metrics.get("parameters"):
+        lines += [
+            "",
+            f"Trainable parameters: {parameters['trainable']:,}, of which a token uses {parameters['active']:,}.",
+        ]
     if pictures := metrics.get("pictures"):
         lines += ["", *(f"![{name}]({name})" for name in pictures)]
     if samples := metrics.get("samples"):

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +118,19 @@ class PerftConfig(PeftConfig):
         """
         adapter_files.refuse_pickle(Path(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Drop keys this version does not know, as PEFT does, but name the package to upgrade."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            warnings.warn(
+                f"adapter_config.json has settings unknown to hf_moe_ext {hf_moe_ext.__version__}: {', '.join(unknown)}; "
+                "they are ignored. It was probably written by a newer version: pip install -U hf_moe_ext",
+                stacklevel=4,
+            )
+        return {key: value for key, value in super().check_kwargs(**kwargs).items() if key in known}
 
 
 def _check_choices(config: PerftConfig) -> None:

@@ -60,7 +60,7 @@ class PerftModel(BaseTuner):
         if not sites:
             raise NoMatchingPeftModuleError(
                 f"{explain_no_blocks(model)}; supported: every family whose experts take (hidden_states, index, weights), "
-                f"such as {', '.join(sorted(FAMILIES)[:12])}, ..."
+                f"such as mixtral, olmoe, qwen3_moe, deepseek_v3, glm4_moe, gpt_oss and {len(FAMILIES) - 6} more"
             )
         names = [name for name, _ in model.named_modules()]
         if config.target_modules is None:

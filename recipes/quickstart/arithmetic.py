@@ -7,7 +7,9 @@ TEST_ONE_IN = 5
 _KINDS = ("greater", "even")
 
 
-def build_arithmetic_rows(num_train: int = 6000, num_test: int = 1000, seed: int = 0) -> dict[str, list[dict[str, str]]]:
+def build_arithmetic_rows(
+    num_train: int = 6000, num_test: int = 1000, seed: int = 0
+) -> dict[str, list[dict[str, str]]]:
     """Balanced questions: is a greater than b, is a + b even.
 
     Args:

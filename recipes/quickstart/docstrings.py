@@ -52,10 +52,11 @@ def extract_rows(module: Module) -> Iterator[DocstringRow]:
             tree = ast.parse(module.text)
         except SyntaxError:
             return
+    lines = module.text.splitlines()
     for node in ast.walk(tree):
         if isinstance(node, _FunctionNode) and (docstring := ast.get_docstring(node)):
             sentence = first_sentence(docstring)
-            if sentence is not None and (parts := remove_docstring(module.text, node)) is not None:
+            if sentence is not None and (parts := remove_docstring(lines, node)) is not None:
                 header, source = parts
                 prompt = f'{source}\n\n{header}\n    """'
                 yield DocstringRow(prompt, sentence, node.name, module.name)
@@ -70,11 +71,11 @@ def first_sentence(docstring: str) -> str | None:
     return sentence
 
 
-def remove_docstring(source: str, node: _FunctionNode) -> tuple[str, str] | None:
+def remove_docstring(lines: list[str], node: _FunctionNode) -> tuple[str, str] | None:
     """Cut a function out of a file and its docstring out of the function.
 
     Args:
-        source: Text of the file.
+        lines: Lines of the file.
         node: The function in that file's tree; has a docstring.
 
     Returns:
@@ -82,8 +83,8 @@ def remove_docstring(source: str, node: _FunctionNode) -> tuple[str, str] | None
         None for one-line functions and headers too long for a prompt.
     """
     statement = node.body[0]
-    lines = source.splitlines()
-    assert statement.end_lineno is not None and node.end_lineno is not None
+    assert statement.end_lineno is not None
+    assert node.end_lineno is not None
     header = lines[node.lineno - 1 : statement.lineno - 1]
     if not header or len(header) > MAXIMUM_HEADER_LINES or lines[statement.end_lineno - 1].strip()[-1] not in "\"'":
         return None

@@ -91,7 +91,10 @@ class ByteNgram:
     def _fit_weights(self, texts: Iterable[bytes]) -> None:
         """Expectation maximisation: a weight becomes (times the recursion stopped at it) / (times it came by)."""
         estimates = [self._own_estimates(text) for text in texts if text]
-        orders = [tuple(np.concatenate(column) for column in zip(*per_text, strict=True)) for per_text in zip(*estimates, strict=True)]
+        orders = [
+            tuple(np.concatenate(column) for column in zip(*per_text, strict=True))
+            for per_text in zip(*estimates, strict=True)
+        ]
         for _ in range(FIT_ROUNDS):
             mixed, shares = np.full(len(orders[0][0]), 1 / 256), []
             for k, (own, bucket) in enumerate(orders):
@@ -104,7 +107,7 @@ class ByteNgram:
                 bucket = orders[k][1]
                 visited = np.bincount(bucket, weights=visits, minlength=NUM_BUCKETS)
                 stopped = np.bincount(bucket, weights=visits * shares[k], minlength=NUM_BUCKETS)
-                self.weights[k] = np.where(visited > 0, stopped / np.maximum(visited, 1e-300), self.weights[k])
+                self.weights[k] = (stopped + 0.5) / (visited + 1)  # never 1: that would leave nothing for other bytes
                 visits = visits * (1 - shares[k])
         self.weights[:, 0] = 0  # a context never seen has no estimate of its own
 

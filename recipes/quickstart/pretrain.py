@@ -37,9 +37,9 @@ class BaseSettings:
     num_experts: int = field(default=8, metadata={"help": "Experts per block."})
     top_k: int = field(default=2, metadata={"help": "Experts per token."})
     sequence_length: int = field(default=256, metadata={"help": "Tokens per training row."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per step."})
-    max_steps: int = field(default=800, metadata={"help": "Steps of pre-training."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak rate; AdamW, warm-up, cosine to zero."})
+    batch_size: int = field(default=4, metadata={"help": "Rows per step."})
+    max_steps: int = field(default=1400, metadata={"help": "Steps of pre-training."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate; AdamW, warm-up, cosine to zero."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and row order."})
     source_dir: str | None = field(default=None, metadata={"help": "Folder of .py files in place of the library."})
 
@@ -83,7 +83,7 @@ def build_base(settings: BaseSettings, folder: Path) -> None:
         raise RuntimeError(f"Pre-training the quickstart's base failed; its own message is above. Settings: {settings}")
 
 
-def train_tokenizer(modules: tuple[Module, ...], vocab_size: int):  # noqa: ANN201 - the type is a heavy import
+def train_tokenizer(modules: tuple[Module, ...], vocab_size: int):
     """Byte-level BPE on the train modules; digits stay single, so that numbers never seen are still readable."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -127,9 +127,9 @@ def pretrain(settings: BaseSettings, folder: Path) -> dict[str, float]:
     """
     import torch
     from datasets import Dataset
+    from evaluation import measure_losses, sum_answer_nats
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
-    from evaluation import measure_losses, sum_answer_nats
     from quickstart.ngram import ByteNgram
 
     began = time.monotonic()
@@ -203,7 +203,7 @@ def pretrain(settings: BaseSettings, folder: Path) -> dict[str, float]:
     return report
 
 
-def build_model(settings: BaseSettings, tokenizer):  # noqa: ANN001, ANN201 - the types are heavy imports
+def build_model(settings: BaseSettings, tokenizer):
     """A randomly initialised OLMoE of the given size."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 

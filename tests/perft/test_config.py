@@ -78,3 +78,11 @@ def test_a_newer_writer_is_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PerftConfig(hf_moe_ext_version="0.0.1")
+
+
+def test_an_unknown_setting_on_disk_names_the_package_to_upgrade(tmp_path):
+    PerftConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_setting": 1}))
+    with pytest.warns(UserWarning, match="unknown to hf_moe_ext .*: new_setting; .* pip install -U hf_moe_ext"):
+        assert PerftConfig.from_pretrained(tmp_path).r == 16

@@ -1,66 +1,24 @@
-"""The doctor against the real thing: what it says would train, trains; what it calls wrong, does not load."""
+"""The doctor on models: what it says would train, trains, in every family; what it costs; what is refused."""
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import get_peft_model
+from safetensors.torch import load_file
 from support import zoo
-from transformers import AutoModelForCausalLM
+from support.doctor import adapter_folder, base_folder, codes, only
 
 from hf_moe_ext import PerftConfig
-from hf_moe_ext.perft.doctor import Diagnosis, TargetError, diagnose
+from hf_moe_ext.perft.doctor import TargetError, diagnose
 from hf_moe_ext.perft.doctor.tables import format_bytes, group_rows
 from hf_moe_ext.perft.report import TrainableRow, count_trainable, trainable_rows
-
-
-def _base(folder: Path, family: str = "olmoe", **overrides: Any) -> Path:
-    """A model folder with nothing but its config.json."""
-    {**zoo.FAMILIES, **zoo.REFUSED}[family](**overrides).save_pretrained(folder)
-    return folder
-
-
-def _adapter(folder: Path, family: str = "olmoe", **settings: Any) -> Path:
-    """A trained-looking adapter in folder/adapter and its base model in folder/base."""
-    zoo.build(family).save_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    get_peft_model(model, PerftConfig(**{"init_weights": False, "r": 4, **settings})).save_pretrained(
-        folder / "adapter"
-    )
-    return folder / "adapter"
-
-
-def _rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _set(adapter: Path, **values: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def _codes(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    return [(finding.level, finding.code) for finding in diagnosis.findings]
-
-
-def _only(diagnosis: Diagnosis, level: str, code: str) -> str:
-    """The message and next step of the one finding there is."""
-    assert _codes(diagnosis) == [(level, code)]
-    assert diagnosis.ok == (level == "warning")
-    return f"{diagnosis.findings[0].message} | {diagnosis.findings[0].next_step}"
 
 
 @pytest.mark.parametrize("variant", ["R", "E", "D", "S"])
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_what_would_train_is_what_trains(family: str, variant: str, tmp_path: Path) -> None:
-    diagnosis = diagnose(str(_base(tmp_path, family)), {"variant": variant, "r": 4})
+    diagnosis = diagnose(str(base_folder(tmp_path, family)), {"variant": variant, "r": 4})
     model = zoo.build(family)
     parameters = sum(p.numel() for p in model.parameters())
     peft_model = get_peft_model(model, PerftConfig(variant=variant, r=4))
@@ -79,7 +37,7 @@ def test_what_would_train_is_what_trains(family: str, variant: str, tmp_path: Pa
 
 
 def test_costs_are_those_of_the_saved_file_and_of_adam(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path, modules_to_save=["lm_head"])
+    adapter = adapter_folder(tmp_path, modules_to_save=["lm_head"])
     saved = sum(t.nbytes for t in load_file(adapter / "adapter_model.safetensors").values())
     diagnosis = diagnose(str(tmp_path / "base"), {"r": 4, "modules_to_save": ["lm_head"]})
 
@@ -93,12 +51,15 @@ def test_costs_are_those_of_the_saved_file_and_of_adam(tmp_path: Path) -> None:
 
 
 def test_base_bytes_follow_its_dtype_and_tied_weights_count_once(tmp_path: Path) -> None:
-    full, half = diagnose(str(_base(tmp_path / "a"))).base, diagnose(str(_base(tmp_path / "b", dtype="bfloat16"))).base
+    full, half = (
+        diagnose(str(base_folder(tmp_path / "a"))).base,
+        diagnose(str(base_folder(tmp_path / "b", dtype="bfloat16"))).base,
+    )
     assert full
     assert half
     assert (full.dtype, half.dtype) == ("float32", "bfloat16")
     assert full.weight_bytes == 4 * full.parameters == 2 * half.weight_bytes
-    tied = diagnose(str(_base(tmp_path / "c", tie_word_embeddings=True))).base
+    tied = diagnose(str(base_folder(tmp_path / "c", tie_word_embeddings=True))).base
     assert tied
     assert full.parameters - tied.parameters == zoo.VOCAB_SIZE * 32
 
@@ -124,7 +85,7 @@ def test_base_bytes_follow_its_dtype_and_tied_weights_count_once(tmp_path: Path)
 def test_router_is_stated(
     family: str, options: dict[str, Any], rule: str, normalize: bool | None, reason: str, tmp_path: Path
 ) -> None:
-    router = diagnose(str(_base(tmp_path, family)), options).router
+    router = diagnose(str(base_folder(tmp_path, family)), options).router
     assert router is not None
     assert rule in router.base_rule
     assert router.normalize_top_k is normalize
@@ -140,8 +101,8 @@ def test_router_is_stated(
     ],
 )
 def test_models_that_cannot_be_served_are_refused_by_name(family: str, words: str, tmp_path: Path) -> None:
-    diagnosis = diagnose(str(_base(tmp_path, family)))
-    message = _only(diagnosis, "error", "no-moe-block")
+    diagnosis = diagnose(str(base_folder(tmp_path, family)))
+    message = only(diagnosis, "error", "no-moe-block")
     assert words in message
     assert "choose a base model of a supported family" in message
     assert diagnosis.base is not None
@@ -159,28 +120,28 @@ def test_models_that_cannot_be_served_are_refused_by_name(family: str, words: st
     ],
 )
 def test_meaningless_options_are_wrong(options: dict[str, Any], code: str, words: str, tmp_path: Path) -> None:
-    assert words in _only(diagnose(str(_base(tmp_path)), options), "error", code)
+    assert words in only(diagnose(str(base_folder(tmp_path)), options), "error", code)
 
 
 def test_one_routed_adapter_and_a_loss_from_the_base_router_are_warnings(tmp_path: Path) -> None:
-    one = diagnose(str(_base(tmp_path / "a")), {"num_experts": 1})
-    assert "it equals variant='S'" in _only(one, "warning", "option-warning")
-    loud = diagnose(str(_base(tmp_path / "b", output_router_logits=True, router_aux_loss_coef=0.02)))
-    message = _only(loud, "warning", "base-aux-loss")
+    one = diagnose(str(base_folder(tmp_path / "a")), {"num_experts": 1})
+    assert "it equals variant='S'" in only(one, "warning", "option-warning")
+    loud = diagnose(str(base_folder(tmp_path / "b", output_router_logits=True, router_aux_loss_coef=0.02)))
+    message = only(loud, "warning", "base-aux-loss")
     assert "router_aux_loss_coef=0.02" in message
     assert "output_router_logits=False" in message
-    off = diagnose(str(_base(tmp_path / "c", output_router_logits=True, router_aux_loss_coef=0.0)))
+    off = diagnose(str(base_folder(tmp_path / "c", output_router_logits=True, router_aux_loss_coef=0.0)))
     assert off.findings == []
 
 
 def test_what_peft_warns_about_when_attaching_is_a_warning(tmp_path: Path) -> None:
-    base = str(_base(tmp_path, tie_word_embeddings=True))
-    assert "tied layer" in _only(diagnose(base, {"modules_to_save": ["lm_head"]}), "warning", "attach-warning")
+    base = str(base_folder(tmp_path, tie_word_embeddings=True))
+    assert "tied layer" in only(diagnose(base, {"modules_to_save": ["lm_head"]}), "warning", "attach-warning")
 
 
 def test_an_adapter_for_each_of_very_many_experts_warns_of_its_size(tmp_path: Path) -> None:
-    base = str(_base(tmp_path, num_experts=128))
-    message = _only(diagnose(base, {"variant": "E"}), "warning", "many-experts")
+    base = str(base_folder(tmp_path, num_experts=128))
+    message = only(diagnose(base, {"variant": "E"}), "warning", "many-experts")
     assert "each of 128 base experts in 2 blocks" in message
     assert f"{2 * 128 * 2 * 32 * 16:,} parameters" in message
     assert diagnose(base, {"variant": "R"}).findings == []
@@ -200,12 +161,12 @@ def test_an_adapter_for_each_of_very_many_experts_warns_of_its_size(tmp_path: Pa
 def test_a_bad_config_is_one_message(text: str, code: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     diagnosis = diagnose(str(tmp_path))
-    assert _codes(diagnosis) == [("error", code)]
+    assert codes(diagnosis) == [("error", code)]
     assert "\n" not in diagnosis.findings[0].message
 
 
 def test_what_is_not_there_is_bad_usage(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
+    adapter = adapter_folder(tmp_path)
     with pytest.raises(TargetError, match=r"neither a folder here nor a Hub id \(owner/name\)"):
         diagnose("no/such/folder")
     with pytest.raises(TargetError, match="neither a folder here nor a model whose config"):
@@ -220,124 +181,6 @@ def test_what_is_not_there_is_bad_usage(tmp_path: Path) -> None:
         diagnose(str(tmp_path / "base"), base_model=str(tmp_path / "base"))
     with pytest.raises(TargetError, match="neither a folder here"):
         diagnose(str(adapter), base_model="no/such/folder")
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"variant": "E"}, {"variant": "D"}, {"variant": "S"}, {"task_type": "CAUSAL_LM"}]
-)
-def test_a_good_adapter_is_well(settings: dict[str, Any], tmp_path: Path) -> None:
-    diagnosis = diagnose(str(_adapter(tmp_path, **settings)))
-    assert diagnosis.findings == []
-    assert diagnosis.base is not None
-    assert diagnosis.base.model_class == "OlmoeForCausalLM"
-    assert diagnosis.adapter_parameters > 0
-    json.dumps(diagnosis.as_dict())
-
-
-def test_without_its_base_an_adapter_is_read_from_its_file_alone(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    whole = diagnose(str(adapter))
-    shutil.move(tmp_path / "base", tmp_path / "elsewhere")
-    alone = diagnose(str(adapter))
-    assert "--base-model" in _only(alone, "warning", "base-not-found")
-    assert alone.rows == whole.rows
-    assert diagnose(str(adapter), base_model=str(tmp_path / "elsewhere")).findings == []
-
-
-def test_tensors_that_do_not_fit_are_named_and_do_not_load(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    name = "base_model.model.model.layers.0.mlp.experts.perft"
-
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors.pop(f"{name}_A")
-        tensors[f"{name}_C"] = torch.zeros(2)
-        tensors[f"{name}_B"] = tensors[f"{name}_B"][:, :, :2].contiguous()
-
-    _rewrite(adapter, spoil)
-    diagnosis = diagnose(str(adapter))
-    assert _codes(diagnosis) == [("error", f"{kind}-tensors") for kind in ("missing", "extra", "misshaped")]
-    missing, extra, shape = diagnosis.findings
-    assert (missing.tensors, extra.tensors, shape.tensors) == ((f"{name}_A",), (f"{name}_C",), (f"{name}_B",))
-    assert "is [4, 32, 2], needed [4, 32, 4]" in shape.message
-    assert diagnosis.rows[0].tensors["perft_B"] == (4, 32, 2)  # what the file holds
-    with pytest.raises(ValueError, match="does not fit"):
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
-
-
-def test_an_adapter_on_another_base_model_does_not_fit(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    other = diagnose(str(adapter), base_model=str(_base(tmp_path / "wider", hidden_size=64)))
-    assert _codes(other) == [("error", "misshaped-tensors")]
-    assert len(other.findings[0].tensors) == 6
-    assert "and 2 more" in other.findings[0].message
-    dense = diagnose(str(adapter), base_model=str(_base(tmp_path / "dense", "llama")))
-    assert _codes(dense) == [("error", "no-moe-block")]
-
-
-def test_a_resized_embedding_in_the_file_is_a_warning(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    name = "base_model.model.model.embed_tokens.weight"
-    _rewrite(adapter, lambda tensors: tensors.update({name: torch.ones(zoo.VOCAB_SIZE + 1, 32)}))
-    assert f"resize_token_embeddings({zoo.VOCAB_SIZE + 1})" in _only(
-        diagnose(str(adapter)), "warning", "resized-vocabulary"
-    )
-
-
-def test_a_classifier_of_another_size_is_the_adapters_own(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path, "mixtral")
-    name = "base_model.model.score.weight"
-    _set(adapter, task_type="SEQ_CLS", auto_mapping=None)
-    _rewrite(adapter, lambda tensors: tensors.update({name: torch.ones(5, 32)}))
-    diagnosis = diagnose(str(adapter))
-    assert diagnosis.findings == []
-    assert diagnosis.also_trains == {"score.weight": (5, 32)}
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    name = "base_model.model.model.layers.1.mlp.experts.perft_A"
-    _rewrite(adapter, lambda tensors: tensors[name][0, 0].fill_(value))
-    assert f"NaN or infinity in 1 tensor: {name}" in _only(diagnose(str(adapter)), "error", "not-finite")
-
-
-def test_an_adapter_that_never_trained_is_wrong_and_one_idle_layer_a_warning(tmp_path: Path) -> None:
-    fresh = _adapter(tmp_path, init_weights=True)
-    assert "never trained and changes nothing" in _only(diagnose(str(fresh)), "error", "never-trained")
-    name = "base_model.model.model.layers.0.mlp.experts.perft_B"
-    _rewrite(fresh, lambda tensors: tensors[name].fill_(1.0))
-    assert "in 1 of 2 modules" in _only(diagnose(str(fresh)), "warning", "partly-untrained")
-
-
-def test_an_adapter_of_a_newer_version_warns(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    _set(adapter, hf_moe_ext_version="9.0.0")
-    assert "9.0.0, newer than the installed" in _only(diagnose(str(adapter)), "warning", "adapter-config-warning")
-    _set(adapter, a_setting_of_the_future=1)
-    assert _codes(diagnose(str(adapter))) == [("warning", "adapter-config-warning")] * 2
-
-
-def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    (adapter / "adapter_model.safetensors").unlink()
-    (adapter / "adapter_model.bin").write_bytes(b"not even a pickle")
-    assert "is a pickle, which can run code" in _only(diagnose(str(adapter)), "error", "pickle-adapter")
-
-
-def test_broken_adapter_folders_are_one_message(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    whole = (adapter / "adapter_model.safetensors").read_bytes()
-    (adapter / "adapter_model.safetensors").write_bytes(whole[:-100])
-    assert "not a whole safetensors file" in _only(diagnose(str(adapter)), "error", "weights-unreadable")
-    (adapter / "adapter_model.safetensors").unlink()
-    assert "are missing" in _only(diagnose(str(adapter)), "error", "no-weights")
-    (adapter / "adapter_model.safetensors").write_bytes(whole)
-    _set(adapter, top_k=9)
-    assert "top_k must be between" in _only(diagnose(str(adapter)), "error", "adapter-config-refused")
-    (adapter / "adapter_config.json").write_text("[]")
-    _only(diagnose(str(adapter)), "error", "adapter-config-unreadable")
-    LoraConfig().save_pretrained(adapter)
-    assert "of type LORA, not PERFT" in _only(diagnose(str(adapter)), "error", "not-perft")
 
 
 def test_rows_alike_are_grouped_by_layer() -> None:

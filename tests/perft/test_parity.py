@@ -68,7 +68,7 @@ CASES = {
     "top_k = num_experts": Case(base_experts=3, base_top_k=3, experts=3, top_k=3),
     "N > K": Case(base_top_k=1, experts=6, top_k=4),
     "top_k = 1": Case(base_top_k=1, top_k=1),
-    "ties": Case(prepare=tie_experts),
+    "ties": Case(top_k=3, prepare=tie_experts),
     "r = 1": Case(rank=1),
     "one adapter": Case(experts=1, top_k=1),
 }

@@ -12,7 +12,14 @@ from torch import nn
 
 from hf_moe_ext.perft.adapter_files import refuse_pickle
 from hf_moe_ext.perft.config import PerftConfig, PerftType
-from hf_moe_ext.perft.doctor.adapter_file import TensorShape, check_values, compare_header, read_header, rows_of_header
+from hf_moe_ext.perft.doctor.adapter_file import (
+    PREFIX,
+    TensorShape,
+    check_values,
+    compare_header,
+    read_header,
+    rows_of_header,
+)
 from hf_moe_ext.perft.doctor.attachment import attach, build_settings, settings_as_dict, warnings_as_findings
 from hf_moe_ext.perft.doctor.base import build_on_meta, check_base, read_base_config, summarize_base
 from hf_moe_ext.perft.doctor.diagnosis import Diagnosis, Finding, FindingError, TargetError
@@ -72,6 +79,9 @@ def _diagnose_adapter(folder: Path, base_model: str | None) -> Diagnosis:
         header = read_header(weights)
         diagnosis.file_bytes = weights.stat().st_size
         diagnosis.rows = rows_of_header(header, config)
+        diagnosis.also_trains = {
+            name.removeprefix(PREFIX): tensor.shape for name, tensor in header.items() if ".perft_" not in name
+        }
         try:
             _compare_with_base(diagnosis, config, header, base_model)
         except FindingError as stop:  # the file's values can be read all the same
@@ -137,12 +147,12 @@ def _compare_with_base(
     model = build_on_meta(base_config, config.task_type, (config.auto_mapping or {}).get("base_model_class"))
     diagnosis.base = summarize_base(source, base_config, model)
     own = _shapes(model)
-    saved_rows = diagnosis.rows
+    saved = diagnosis.rows, diagnosis.also_trains
     tensors = attach(model, config, diagnosis)
     expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     mismatches = compare_header(header, expected, own)
     if any(finding.level == "error" for finding in mismatches):
-        diagnosis.rows = saved_rows  # what the file holds, not what this base model would need
+        diagnosis.rows, diagnosis.also_trains = saved  # what the file holds, not what this base model would need
     diagnosis.findings.extend(mismatches)
     diagnosis.findings.extend(check_base(base_config))
 

@@ -59,7 +59,7 @@ def compare_header(
     extra = [name for name in header if name not in expected and name not in own]
     for code, names, text in (("missing-tensors", missing, "lacks"), ("extra-tensors", extra, "has")):
         if names:
-            tail = " that do not belong here" if code == "extra-tensors" else ""
+            tail = " that this model and configuration have no place for" if code == "extra-tensors" else ""
             message = f"the adapter file {text} {_count(names)}{tail}: {_list(names)}"
             findings.append(Finding("error", code, message, next_step, tuple(names)))
     wrong = {n: shape for n, shape in expected.items() if n in header and header[n].shape != shape}

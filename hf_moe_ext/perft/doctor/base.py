@@ -97,11 +97,11 @@ def _choose_builder(config: PreTrainedConfig, task_type: str | None, class_name:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         named.extend(config.architectures or ())
     for name in named:
-        model_class = getattr(transformers, name, None)
+        model_class: Any = getattr(transformers, name, None)
         # The names come from files: only a model class, and only on its own kind of configuration.
-        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-            if model_class.config_class is type(config):
-                return model_class._from_config
+        is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+        if is_model and model_class.config_class is type(config):
+            return model_class._from_config
     fits = (auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping)
     return next(fits, AutoModel).from_config
 

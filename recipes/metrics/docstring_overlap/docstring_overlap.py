@@ -65,7 +65,7 @@ def split_words(sentence: str) -> list[str]:
 
 
 def score_characters(rows: list[tuple[str, str]]) -> float:
-    """chrF over pairs of prediction and reference, 0 to 1."""
+    """ChrF over pairs of prediction and reference, 0 to 1."""
     scores = []
     for length in range(1, LONGEST_NGRAM + 1):
         shared = written = real = 0
