@@ -121,16 +121,19 @@ class PerftConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Drop keys this version does not know, as PEFT does, but name the package to upgrade."""
+        """Drop keys this version does not know, as PEFT does and in its words, but name the package to upgrade."""
+        kwargs = super().check_kwargs(**kwargs)
+        if kwargs.get("peft_type") != PerftType.PERFT:
+            return kwargs  # another method's file, whose keys are its own, or no adapter's, which PEFT refuses
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(kwargs) - known)
         if unknown:
             warnings.warn(
-                f"adapter_config.json has settings unknown to hf_moe_ext {hf_moe_ext.__version__}: {', '.join(unknown)}; "
-                "they are ignored. It was probably written by a newer version: pip install -U hf_moe_ext",
+                f"Unexpected keyword arguments {unknown} for class {cls.__name__}, these are ignored. adapter_config.json "
+                f"was probably written by a newer hf_moe_ext than {hf_moe_ext.__version__}: pip install -U hf_moe_ext",
                 stacklevel=4,
             )
-        return {key: value for key, value in super().check_kwargs(**kwargs).items() if key in known}
+        return {key: value for key, value in kwargs.items() if key in known}
 
 
 def _check_choices(config: PerftConfig) -> None:

@@ -65,6 +65,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = site.hidden_size
         self.base_num_experts = site.num_experts
         self._arguments = (site.index_name, site.weights_name)
+        self.training = base_layer.training
         self._disable_adapters = False
         self.merged_adapters = []
 

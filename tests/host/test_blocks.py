@@ -5,11 +5,11 @@ import logging
 import pytest
 import torch
 from peft import get_peft_model
-from support import zoo
 from torch import nn
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.host.blocks import explain_no_blocks, iterate_experts, read_experts, routing_arguments
+from support import zoo
 
 HIDDEN = 32
 

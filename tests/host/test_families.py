@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import get_peft_model
-from support import zoo
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -16,6 +15,7 @@ from transformers import (
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.host.blocks import iterate_experts
 from hf_moe_ext.host.families import BY_KEY, FAMILIES, active_experts, loss_shifts_labels, normalizes_top_k
+from support import zoo
 
 KEYED = [name for name, config in zoo.FAMILIES.items() if hasattr(config(), BY_KEY)]
 SETTINGS = [(name, {}) for name in zoo.FAMILIES] + [

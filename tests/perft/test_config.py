@@ -5,7 +5,7 @@ import pickle
 import warnings
 
 import pytest
-from peft import PeftConfig, get_peft_config
+from peft import LoraConfig, PeftConfig, get_peft_config
 
 from hf_moe_ext import PerftConfig
 
@@ -84,5 +84,19 @@ def test_an_unknown_setting_on_disk_names_the_package_to_upgrade(tmp_path):
     PerftConfig().save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"new_setting": 1}))
-    with pytest.warns(UserWarning, match="unknown to hf_moe_ext .*: new_setting; .* pip install -U hf_moe_ext"):
+    with pytest.warns(UserWarning, match=r"\['new_setting'\] .* are ignored.* pip install -U hf_moe_ext"):
         assert PerftConfig.from_pretrained(tmp_path).r == 16
+
+
+def test_a_file_of_another_method_keeps_its_settings(tmp_path, recwarn):
+    LoraConfig(r=3, use_rslora=True).save_pretrained(tmp_path)
+    config = PerftConfig.from_pretrained(tmp_path)  # PEFT builds what the file says, whichever class is asked
+    assert type(config) is LoraConfig
+    assert config.use_rslora
+    assert not recwarn.list
+
+
+def test_a_file_that_is_no_adapter_configuration_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"foo": "bar"}')
+    with pytest.raises(TypeError, match="missing required keys"):
+        PerftConfig.from_pretrained(tmp_path)

@@ -10,13 +10,13 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import zoo
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.perft.layer import PerftLayer
 from hf_moe_ext.perft.report import count_trainable, describe_trainable, trainable_rows
+from support import zoo
 
 # allenai/OLMoE-1B-7B-0924 and mistralai/Mixtral-8x7B-v0.1, as their config.json say.
 REAL = {

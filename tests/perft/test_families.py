@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support import zoo
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_moe_ext import PerftConfig
+from support import zoo
 
 VARIANTS = "REDS"
 EVERY = [(family, variant) for family in zoo.FAMILIES for variant in VARIANTS]

@@ -143,6 +143,10 @@ def test_several_adapters_switch_add_up_and_go(base_folder):
     model.delete_adapter("two")
     assert torch.equal(logits(model), alone["one"])
     assert not any(name.endswith(".two") for name, _ in model.named_parameters())
+    model.add_adapter("three", config("S"))
+    with pytest.warns(UserWarning, match="Setting active adapter to three"):
+        model.delete_adapter("one")
+    assert not any(name.endswith(".one") for name, _ in model.named_parameters())
     bare = model.unload()
     assert torch.equal(logits(bare), plain)
     assert not bare._forward_hooks

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from support import naive, zoo
 from torch import Tensor, nn
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.perft.layer import PerftLayer
+from support import naive, zoo
 
 HIDDEN, RANK, ALPHA = 32, 4, 6.0  # a scale of 1.5, so that r, alpha and 1/r in its place all show
 TOLERANCE = 1e-10

@@ -3,9 +3,9 @@
 import sys
 
 import pytest
-from quickstart.corpus import HELD_OUT_ONE_IN, Corpus, Module, is_held_out, read_corpus
 
 from built_in_data import split_train_modules
+from quickstart.corpus import HELD_OUT_ONE_IN, Corpus, Module, is_held_out, read_corpus
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import ast
 import textwrap
 
 import pytest
+
 from quickstart.corpus import Corpus, Module, read_corpus
 from quickstart.docstrings import build_docstring_rows, extract_rows, first_sentence, name_words, remove_docstring
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from evaluation import RowLosses
 from reporting import append_results, compare_losses, draw_load_map, draw_loss_curve, write_metrics
 
