@@ -7,6 +7,7 @@ from support import zoo
 from support.perft import batch, perft_r
 
 from hf_moe_ext import PerftConfig
+from hf_moe_ext.ops.routing import choose_experts, expert_weights
 from hf_moe_ext.perft.layer import PerftLayer
 
 
@@ -133,3 +134,34 @@ def test_inherit_follows_the_base_model(family, settings, sums_to_one):
     single = get_peft_model(zoo.build(family, **settings), PerftConfig(r=2, num_experts=4, top_k=1))
     layer = next(m for m in single.eval().modules() if isinstance(m, PerftLayer))
     assert (layer._route("default", torch.randn(64, layer.in_features), None)[1] < 1 - 1e-4).all()
+
+
+@pytest.mark.filterwarnings("ignore:PerftConfig. variant='R' with num_experts=1:UserWarning")
+@pytest.mark.parametrize("kind", ["lora", "parallel"])
+def test_one_routed_adapter_equals_a_single_one(kind):
+    """Identity (ii): the softmax of one logit is 1."""
+    routed = get_peft_model(
+        zoo.build("olmoe", dtype=torch.float64), PerftConfig(adapter=kind, r=4, num_experts=1, init_weights=False)
+    ).eval()
+    single = get_peft_model(
+        zoo.build("olmoe", dtype=torch.float64), PerftConfig(variant="S", adapter=kind, r=4, init_weights=False)
+    ).eval()
+    single.load_state_dict({n: p for n, p in routed.state_dict().items() if "perft_router" not in n})
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(routed(**inputs).logits, single(**inputs).logits, atol=1e-10, rtol=0)
+
+
+def test_a_renormalised_single_choice_would_cut_the_gradient():
+    """Why ``normalize_top_k=True`` with ``top_k=1`` is refused: the weight is 1 whatever the router says."""
+    logits = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    index = choose_experts(logits, 1)
+    (expert_weights(logits, index, normalize=True) * torch.randn(7, 1, dtype=torch.float64)).sum().backward()
+    assert logits.grad.abs().max() < 1e-12
+
+
+def test_adapters_are_made_where_the_block_is():
+    with torch.device("meta"):
+        base = zoo.build("olmoe")
+    model = get_peft_model(base, PerftConfig(r=4))
+    assert {p.device.type for n, p in model.named_parameters() if "perft_" in n} == {"meta"}
