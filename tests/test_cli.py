@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import zoo
 from typer.testing import CliRunner
 
 import hf_moe_ext
 from hf_moe_ext.cli import app
+from support import zoo
 
 COMMAND = [sys.executable, "-m", "hf_moe_ext.cli"]
 

@@ -32,7 +32,9 @@ def test_every_link_leads_somewhere(path):
     assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:recipes|model_cards)/[\w/]+\.(?:py|yaml|md|json)", README))))
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:recipes|model_cards)/[\w/]+\.(?:py|yaml|md|json)", README)))
+)
 def test_every_named_file_exists(path):
     assert (ROOT / path).is_file(), path
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import naive
 
 from hf_moe_ext.ops.routed_adapter import choose_path, routed_adapter
+from support import naive
 
 SCALES = {"lora": 1.7, "parallel": 1.0}
 

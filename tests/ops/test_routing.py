@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import naive
 
 from hf_moe_ext.ops.routing import choose_experts, expert_weights, load_balance_loss, router_sums, router_z_loss
+from support import naive
 
 
 def _route(hidden, router, top_k, normalize):

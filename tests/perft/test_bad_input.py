@@ -8,12 +8,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
-from support import zoo
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.perft.layer import PerftLayer
+from support import zoo
 
 
 def config(**arguments):
@@ -191,7 +191,7 @@ def test_an_adapter_for_another_shape_is_refused(saved, tmp_path):
 def test_ignore_mismatched_sizes_is_the_users_word(saved):
     _, adapter = saved
     other = zoo.build("olmoe", hidden_size=64)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="layers.0.mlp.experts.perft_A") as caught:
         PeftModel.from_pretrained(other, adapter, ignore_mismatched_sizes=True)
     messages = " ".join(str(warning.message) for warning in caught)
     assert "ignore_mismatched_sizes=True" in messages

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from peft import get_peft_model
 from safetensors.torch import load_file
-from support import zoo
-from support.doctor import adapter_folder, base_folder, codes, only
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.perft.doctor import TargetError, diagnose
 from hf_moe_ext.perft.doctor.tables import format_bytes, group_rows
 from hf_moe_ext.perft.report import TrainableRow, count_trainable, trainable_rows
+from support import zoo
+from support.doctor import adapter_folder, base_folder, codes, only
 
 
 @pytest.mark.parametrize("variant", ["R", "E", "D", "S"])

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from support import zoo
-from support.doctor import adapter_folder, base_folder, codes, only, rewrite, set_config
 from transformers import AutoModelForCausalLM
 
 from hf_moe_ext.perft.doctor import diagnose
+from support import zoo
+from support.doctor import adapter_folder, base_folder, codes, only, rewrite, set_config
 
 
 @pytest.mark.parametrize(

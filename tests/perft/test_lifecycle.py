@@ -11,12 +11,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from support import zoo
-from support.perft import batch
 from transformers import AutoModelForCausalLM
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.perft.layer import PerftLayer
+from support import zoo
+from support.perft import batch
 
 VARIANTS = ("R", "E", "D", "S")
 STATE_DICT_KEYS = {
@@ -239,7 +239,7 @@ def test_attaching_tells_what_trains(caplog):
 def test_merging_is_refused_in_one_sentence_and_changes_nothing(call):
     model = get_peft_model(zoo.build("olmoe"), config())
     before = logits(model)
-    with pytest.raises(ValueError, match="PERFT adapters cannot be merged.*keep the adapter beside the model"):
+    with pytest.raises(ValueError, match=r"PERFT adapters cannot be merged.*keep the adapter beside the model"):
         getattr(model, call)()
     assert torch.equal(logits(model), before)
     with pytest.raises(ValueError, match="cannot be averaged into one"):
@@ -294,17 +294,19 @@ def test_mixed_batches_refuse_what_they_cannot_serve():
     model, ids = mixed_model(), torch.randint(3, zoo.VOCAB_SIZE, (2, 6))
     with pytest.raises(
         ValueError,
-        match="`adapter_names` should be the same as the number of inputs, but got 3 and 2.*one name per row",
+        match=r"`adapter_names` should be the same as the number of inputs, but got 3 and 2.*one name per row",
     ):
         model(input_ids=ids, adapter_names=["one", "two", "one"])
-    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): four. Names for adapter_names: one, two, three, __base__"):
+    with pytest.raises(
+        ValueError, match=r"non-existing adapter\(s\): four. Names for adapter_names: one, two, three, __base__"
+    ):
         model(input_ids=ids, adapter_names=["one", "four"])
     with pytest.raises(TypeError, match="must be a list"):
         model(input_ids=ids, adapter_names="one")
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ValueError, match="padding-free"):
         model(input_ids=ids[:1], position_ids=packed, adapter_names=["one"])
-    with pytest.raises(ValueError, match="when the model is in training mode. Call model.eval"):
+    with pytest.raises(ValueError, match=r"when the model is in training mode. Call model.eval"):
         model.train()(input_ids=ids, adapter_names=["one", "two"])
     bare = zoo.build("olmoe")
     bare.add_adapter(config("R"))

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from peft import get_peft_model
-from support import zoo
-from support.perft import batch, perft_r
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.ops.routing import choose_experts, expert_weights
 from hf_moe_ext.perft.layer import PerftLayer
+from support import zoo
+from support.perft import batch, perft_r
 
 
 def router_logit_dtypes(model, inputs):

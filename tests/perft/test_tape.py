@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from support import zoo
-from support.perft import assert_equal_gradients, batch, explicit_auxiliary, gradients, perft_r, trainable
 
 from hf_moe_ext import PerftConfig, record_router_load
+from support import zoo
+from support.perft import assert_equal_gradients, batch, explicit_auxiliary, gradients, perft_r, trainable
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from support import zoo
-from support.perft import assert_equal_gradients, batch, explicit_auxiliary, perft_r, trainable
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe_ext import RouterLoadCallback
+from support import zoo
+from support.perft import assert_equal_gradients, batch, explicit_auxiliary, perft_r, trainable
 
 pytestmark = pytest.mark.filterwarnings(
     # The Trainer asks PyTorch to pin memory for a GPU that is not there.

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from support import zoo
 from transformers import AutoModelForCausalLM
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.perft.doctor import Diagnosis
+from support import zoo
 
 
 def base_folder(folder: Path, family: str = "olmoe", **overrides: Any) -> Path:

@@ -4,11 +4,11 @@ import dataclasses
 
 import torch
 from peft import get_peft_model
-from support import naive, zoo
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.perft.layer import PerftLayer
 from hf_moe_ext.perft.tape import RouterCoefficients
+from support import naive, zoo
 
 COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
 
