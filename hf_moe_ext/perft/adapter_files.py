@@ -1,11 +1,15 @@
 """What lies in an adapter's folder beside its weights, and what may not."""
 
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 SNIPPET_START, SNIPPET_END = "<!-- hf_moe_ext: how to load -->", "<!-- hf_moe_ext: end -->"
+
+_UNTOUCHED_TEMPLATE = {"# Model Card for Model ID", "- **Developed by:** [More Information Needed]"}
+_VERSIONS = "### Framework versions"
 
 _SNIPPET = """{start}
 ## How to load
@@ -33,18 +37,28 @@ def refuse_pickle(folder: Path) -> None:
 
 
 def write_loading_snippet(folder: Path, base_model: str | None) -> None:
-    """Put the loading snippet at the top of the folder's card, below its metadata; an older snippet is replaced."""
+    """Put the loading snippet at the top of the folder's card, below its metadata; an older snippet is replaced.
+
+    Of PEFT's card template, while nobody has filled it in, only the versions at its end are kept.
+    """
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData(library_name="peft"))
     text = card.text if path.is_file() else ""
     before, _, rest = text.partition(SNIPPET_START)
-    after = rest.partition(SNIPPET_END)[2] if rest else ""
+    body = before + rest.partition(SNIPPET_END)[2] if rest else before
+    if _UNTOUCHED_TEMPLATE <= set(body.splitlines()):
+        body = _VERSIONS + body.partition(_VERSIONS)[2]
     snippet = _SNIPPET.format(
-        start=SNIPPET_START,
-        end=SNIPPET_END,
-        adapter=folder.name or "path/or/hub-id",
-        base=base_model or "the base model",
+        start=SNIPPET_START, end=SNIPPET_END, adapter=_own_name(folder), base=base_model or "the base model"
     )
-    card.text = snippet + "\n" + (before + after).lstrip("\n")
+    card.text = snippet + "\n" + body.lstrip("\n")
     card.data.tags = sorted({*(card.data.tags or []), "hf_moe_ext", "perft"})
     card.save(path)
+
+
+def _own_name(folder: Path) -> str:
+    """What to write in ``from_pretrained``: the folder as the user named it, but no path of one machine."""
+    if not folder.is_absolute():
+        return folder.as_posix()
+    # A push to the Hub goes through a temporary folder.
+    return "path/or/hub-id" if folder.is_relative_to(tempfile.gettempdir()) else folder.name

@@ -113,12 +113,23 @@ def test_the_card_starts_with_the_loading_snippet_and_keeps_what_was_written(bas
     path = tmp_path / "adapter" / "README.md"
     text = path.read_text()
     body = text.split("---\n", 2)[2]
+    assert "More Information Needed" not in body
+    assert "- PEFT " in body
     assert body.index("import hf_moe_ext") < body.index("AutoPeftModelForCausalLM.from_pretrained") < 600
     path.write_text(text + "\nMy own words.\n")
     model.save_pretrained(tmp_path / "adapter")
     again = path.read_text()
     assert again.count("import hf_moe_ext") == 1
     assert again.rstrip().endswith("My own words.")
+
+
+def test_the_snippet_names_the_folder_as_the_user_does(base_folder, tmp_path, monkeypatch):
+    model = get_peft_model(pretrained(base_folder), config())
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("outputs/mine")
+    assert 'from_pretrained("outputs/mine")' in (tmp_path / "outputs/mine/README.md").read_text()
+    model.save_pretrained(tmp_path / "elsewhere")  # a temporary folder, as a push to the Hub uses
+    assert 'from_pretrained("path/or/hub-id")' in (tmp_path / "elsewhere/README.md").read_text()
 
 
 def test_several_adapters_switch_add_up_and_go(base_folder):
