@@ -1,4 +1,4 @@
-"""The data sets a run can name without a file of its own: `docstrings`, `arithmetic` and `reasoning`."""
+"""The data sets a run can name without a file of its own: docstrings, arithmetic and reasoning."""
 
 import gzip
 import json
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from datasets import Dataset
+
 from finetune_arguments import DataArguments, UserError
 from quickstart.arithmetic import build_arithmetic_rows
 from quickstart.corpus import Corpus, Module, is_held_out
@@ -19,7 +20,7 @@ def build_built_in(arguments: DataArguments, corpus: Corpus | None) -> dict[str,
 
     Args:
         arguments: `dataset_name` is one of `BUILT_IN_DATASETS`.
-        corpus: The source text, for `docstrings`.
+        corpus: The source text, for `docstrings`; None for the others.
 
     Returns:
         `{"train": rows, "test": rows}`.
@@ -27,8 +28,7 @@ def build_built_in(arguments: DataArguments, corpus: Corpus | None) -> dict[str,
     Raises:
         UserError: A file of `reasoning` is not there.
     """
-    if arguments.dataset_name == "docstrings":
-        assert corpus is not None
+    if corpus is not None:
         return build_docstrings(corpus)
     if arguments.dataset_name == "arithmetic":
         return {side: Dataset.from_list(rows) for side, rows in build_arithmetic_rows().items()}

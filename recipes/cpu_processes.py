@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import psutil
+
 from finetune_arguments import UserError
 
 # Set by torchrun and by the MPI launchers accelerate knows: then every process is there already.

@@ -3,9 +3,9 @@
 Losses go through `Trainer.predict`, so that sharding, mixed precision and several processes are Trainer's business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def measure_losses(trainer: Trainer, rows: Dataset) -> RowLosses:
         trainer: Built with `preprocess_logits_for_metrics=sum_answer_nats`.
         rows: Encoded rows.
     """
-    sums = trainer.predict(rows).predictions
+    sums = np.asarray(trainer.predict(rows).predictions)
     return RowLosses(nats=sums[:, 0], tokens=sums[:, 1])
 
 
@@ -67,7 +67,7 @@ def generate_answers(
     description: str = "generate",
 ) -> list[str]:
     """Greedy continuation of each tokenized prompt, stripped; in the prompts' order."""
-    was_training = model.training
+    was_training, generate = model.training, cast(Callable[..., torch.Tensor], model.generate)
     model.eval()
     answers: dict[int, str] = {}
     # Long prompts together: little padding, and a batch that does not fit fails at once rather than at the end.
@@ -77,7 +77,7 @@ def generate_answers(
         batch = tokenizer.pad(
             {"input_ids": [list(prompts[i]) for i in chosen]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
-        output = model.generate(
+        output = generate(
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,

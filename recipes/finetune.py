@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,20 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.utils import logging
+
 from built_in_data import build_built_in
 from cpu_processes import find_missing_processes, start_processes
-from datasets import Dataset
 from evaluation import sum_answer_nats
-from finetune_arguments import QUICKSTART_MODEL, Arguments, UserError, find_idle_settings, parse_arguments
+from finetune_arguments import (
+    QUICKSTART_MODEL,
+    Arguments,
+    UserError,
+    find_idle_settings,
+    parse_arguments,
+)
 from finetune_data import apply_chat_templates, encode_rows, load_rows
 from finetune_model import (
     attach,
@@ -34,18 +43,23 @@ from finetune_model import (
     load_tokenizer,
 )
 from held_out import HeldOut, Measurement
+from hf_moe_ext import RouterLoadCallback
 from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder
 from quickstart.corpus import Corpus, read_corpus
 from quickstart.pretrain import REPORT_FILE, BaseSettings, build_base, find_base
-from reporting import append_results, compare_losses, draw_load_map, draw_loss_curve, format_results, write_metrics
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.utils import logging
-
-from hf_moe_ext import RouterLoadCallback, record_router_load
+from reporting import (
+    append_results,
+    compare_losses,
+    draw_load_map,
+    draw_loss_curve,
+    format_results,
+    write_metrics,
+    write_rows,
+)
 
 logger = logging.get_logger("finetune")
 
-LOSS_CURVE, LOAD_MAP, METRICS = "loss_curve.png", "router_load.png", "metrics.json"
+LOSS_CURVE, LOAD_MAP, METRICS, ROWS = "loss_curve.png", "router_load.png", "metrics.json", "held_out.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +95,7 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
 
     with clock("data"), training.main_process_first(desc="read data"):
         corpus = read_source(arguments)
-        rows = load_rows(arguments, lambda: build_built_in(arguments.data, corpus))
+        rows = load_rows(arguments, lambda: build_built_in(arguments.data, corpus if uses_source(arguments) else None))
     with clock("base"), training.main_process_first(desc="pre-train the base"):
         path, base = prepare_base(arguments, corpus)
     with clock("tokenize"), training.main_process_first(desc="tokenize"):
@@ -101,13 +115,14 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
         "command": command,
         "settings": arguments.describe(),
         "base": base,
-        **compare(held_out, before, trained and trained.after, training.seed),
+        **compare(held_out, before, trained.after if trained else None, training.seed),
         **(trained.facts if trained else {}),
         "train_rows": len(train_rows),
         "processes": training.world_size,
     }
     if training.process_index == 0:
-        write_files(arguments, metrics, clock)
+        table = held_out.tabulate(before, trained.after if trained else None)
+        write_files(arguments, metrics, table, clock)
     PartialState().wait_for_everyone()
     return metrics
 
@@ -163,20 +178,25 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(arguments.output_dir))
     trainer.save_state()
-    with clock("after"), record_router_load(model) as load:
+    with clock("after"):
         after = held_out.measure(trainer, "after")
     facts = {
-        "parameters": count_parameters(model, arguments.adapter),
-        "router_load": load.fractions(),  # sums over processes, so every one of them asks
+        "parameters": count_parameters(model),
+        "router_load": after.router_load,
         "steps": trainer.state.global_step,
         "log": trainer.state.log_history,
     }
     return Trained(after, facts)
 
 
+def uses_source(arguments: Arguments) -> bool:
+    """Whether the rows are made of source text."""
+    return arguments.data.dataset_name == "docstrings"
+
+
 def read_source(arguments: Arguments) -> Corpus | None:
     """The source text, when the base or the rows are made of it."""
-    if arguments.model.model_name_or_path != QUICKSTART_MODEL and arguments.data.dataset_name != "docstrings":
+    if arguments.model.model_name_or_path != QUICKSTART_MODEL and not uses_source(arguments):
         return None
     try:
         return read_corpus(arguments.quickstart.base_source_dir)
@@ -260,8 +280,10 @@ def compare(held_out: HeldOut, before: Measurement, after: Measurement | None, s
     }
 
 
-def write_files(arguments: Arguments, metrics: dict[str, Any], clock: "Clock") -> None:
-    """Pictures, card and metrics; then the push."""
+def write_files(
+    arguments: Arguments, metrics: dict[str, Any], rows: Mapping[str, Sequence[Any]], clock: "Clock"
+) -> None:
+    """Pictures, table of rows, card and metrics; then the push."""
     folder, pictures = arguments.output_dir, []
     if "after" in metrics["loss"]:
         draw_loss_curve(metrics["log"], metrics["loss"]["before"], metrics["loss"]["after"], folder / LOSS_CURVE)
@@ -270,9 +292,12 @@ def write_files(arguments: Arguments, metrics: dict[str, Any], clock: "Clock") -
         draw_load_map(metrics["router_load"], folder / LOAD_MAP)
         pictures.append(LOAD_MAP)
     metrics |= {"pictures": pictures, "seconds": clock.seconds}
+    write_rows(rows, folder / ROWS)
     append_results(metrics, folder / "README.md")
     write_metrics(metrics, folder / METRICS)
-    print(f"\n{format_results(metrics)}\n\nEverything is in {folder}: {METRICS}, README.md, {', '.join(pictures)}")
+    print(
+        f"\n{format_results(metrics)}\n\nEverything is in {folder}: {', '.join([METRICS, ROWS, 'README.md', *pictures])}"
+    )
     if arguments.push_to_hub:
         print(f"Pushed: {push_folder(arguments)}")
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import HfArg
 
 QUICKSTART_MODEL = "quickstart"
 QUICKSTART_CONFIG = Path(__file__).resolve().parent / "configs" / "quickstart_r.yaml"
@@ -84,7 +83,7 @@ class AdapterArguments:
         default="R", metadata={"help": "R own router, E the base's router, D dense, S single."}
     )
     adapter: Literal["lora", "parallel"] = field(default="lora", metadata={"help": "Kind of one PERFT adapter."})
-    r: int = HfArg(default=16, aliases=["--lora_r"], help="Rank, or width of the bottleneck.")
+    r: int = field(default=16, metadata={"aliases": ["--lora_r"], "help": "Rank, or width of the bottleneck."})
     lora_alpha: float = field(default=32, metadata={"help": "LoRA scale times r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the adapters."})
     num_experts: int | None = field(default=None, metadata={"help": "Adapters per block (R and D)."})
@@ -165,7 +164,13 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}. See --help for every argument.")
 
 
-_DATACLASSES = (ModelArguments, DataArguments, AdapterArguments, QuickstartArguments, FinetuneTrainingArguments)
+_DATACLASSES: tuple[Any, ...] = (
+    ModelArguments,
+    DataArguments,
+    AdapterArguments,
+    QuickstartArguments,
+    FinetuneTrainingArguments,
+)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
@@ -176,7 +181,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         UserError: An unknown or meaningless argument or key.
     """
-    parser = _Parser(_DATACLASSES, prog="finetune.py", allow_abbrev=False, description=__doc__)
+    parser = _Parser(list(_DATACLASSES), prog="finetune.py", allow_abbrev=False, description=__doc__)
     parser.add_argument("--config", help="YAML file of arguments; the command line wins over it.")
     given = list(sys.argv[1:] if argv is None else argv)
     config, given = _take_config(given)
@@ -193,8 +198,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     del namespace
     if unknown:
         raise UserError(f"Unknown argument {unknown[0]}.{_suggest(unknown[0], known)} See --help for every argument.")
-    training = parsed[-1]
-    arguments = Arguments(*parsed, push_to_hub=training.push_to_hub)
+    model, data, adapter, quickstart, training = parsed
+    arguments = Arguments(model, data, adapter, quickstart, training, training.push_to_hub)
     training.push_to_hub = False  # Trainer would push after every save; the finished folder is pushed once, at the end
     _check_values(arguments)
     return arguments
@@ -202,7 +207,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
     """Take `--config X` or `--config=X` out of the command line."""
-    rest, found, i = [], None, 0
+    rest: list[str] = []
+    found, i = None, 0
     while i < len(words):
         if words[i] == "--config":
             if i + 1 == len(words):
@@ -272,7 +278,7 @@ def find_idle_settings(arguments: Arguments) -> list[str]:
         if f.name not in used | {"peft"} and getattr(adapter, f.name) != f.default:
             idle.append(f"--{f.name} has no effect with --peft {adapter.peft}.")
     if adapter.router_learning_rate is not None and adapter.peft == "perft" and adapter.variant != "R":
-        idle.append(f"--router_learning_rate has no effect with --variant {adapter.variant}, which trains no router.")
+        idle.append(f"--router_learning_rate has no effect with --variant {adapter.variant}, which has no own router.")
     if arguments.model.model_name_or_path != QUICKSTART_MODEL:
         for f in dataclasses.fields(arguments.quickstart):
             if getattr(arguments.quickstart, f.name) != f.default and f.name != "base_source_dir":

@@ -7,9 +7,10 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
-from finetune_arguments import BUILT_IN_DATASETS, Arguments, DataArguments, UserError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from finetune_arguments import BUILT_IN_DATASETS, Arguments, DataArguments, UserError
 
 logger = logging.get_logger("finetune")
 
@@ -233,8 +234,8 @@ def _split_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokeniz
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         lead = f"{messages[-1]['role']}: "
         return {"prompt": "".join(lines[:-1]) + lead, "completion": messages[-1]["content"]}
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
     if not whole.startswith(prompt):  # templates that rewrite earlier turns: the last message's own text is the answer
         return {"prompt": prompt, "completion": messages[-1]["content"]}
     return {"prompt": prompt, "completion": whole.removeprefix(prompt)}

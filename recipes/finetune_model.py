@@ -1,12 +1,13 @@
 """The model of a run: loading it, and making it trainable the way `--peft` says."""
 
 import inspect
+from typing import Any, cast
 
 import torch
-from finetune_arguments import AdapterArguments, ModelArguments, UserError
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from finetune_arguments import AdapterArguments, ModelArguments, UserError
 from hf_moe_ext import PerftConfig
 
 LORA_TARGETS = ("q_proj", "v_proj")
@@ -39,7 +40,7 @@ def build_adapter_config(arguments: AdapterArguments) -> PerftConfig | LoraConfi
             return LoraConfig(
                 task_type="CAUSAL_LM",
                 r=arguments.r,
-                lora_alpha=arguments.lora_alpha,
+                lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # any number will do
                 lora_dropout=arguments.lora_dropout,
                 target_modules=list(targets or LORA_TARGETS),
             )
@@ -127,37 +128,41 @@ def attach(model: PreTrainedModel, arguments: AdapterArguments) -> torch.nn.Modu
 
 def group_parameters(
     model: torch.nn.Module, learning_rate: float, router_rate: float, weight_decay: float
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Two optimizer groups: the adapter router, with its own rate and no decay, and all the rest."""
-    routers, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (routers if "perft_router" in name else others).append(parameter)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
-        {"params": others, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": routers, "lr": router_rate, "weight_decay": 0.0},
+        {
+            "params": [parameter for name, parameter in trained if "perft_router" not in name],
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+        },
+        {
+            "params": [parameter for name, parameter in trained if "perft_router" in name],
+            "lr": router_rate,
+            "weight_decay": 0.0,
+        },
     ]
 
 
-def count_parameters(model: torch.nn.Module, adapter: AdapterArguments) -> dict[str, int]:
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     """Trainable parameters, and how many of them one token uses."""
-    total = active = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            total += parameter.numel()
-            active += parameter.numel() * _used_share(model, name, adapter) // 1
-    return {"trainable": total, "active": int(active)}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    active = sum(parameter.numel() * _used_share(model, name) for name, parameter in trained.items())
+    return {"trainable": sum(parameter.numel() for parameter in trained.values()), "active": round(active)}
 
 
-def _used_share(model: torch.nn.Module, name: str, adapter: AdapterArguments) -> float:
+def _used_share(model: torch.nn.Module, name: str) -> float:
     """Of a stack of routed adapters, the part one token goes through; everything else is used whole."""
-    if ".perft_A." not in name and ".perft_B." not in name:
+    if not isinstance(model, PeftModel) or not any(part in name for part in (".perft_A.", ".perft_B.")):
         return 1
     config = model.peft_config["default"]
-    if adapter.variant == "R":
-        return config.top_k / config.num_experts
-    if adapter.variant == "E":
-        base = model.config.get_text_config()
+    assert isinstance(config, PerftConfig)
+    if config.variant == "R":
+        assert config.top_k is not None
+        return config.top_k / model.get_parameter(name).shape[0]
+    if config.variant == "E":
+        base = cast(PreTrainedModel, model.get_base_model()).config.get_text_config()
         return base.num_experts_per_tok / model.get_parameter(name).shape[0]
     return 1
 

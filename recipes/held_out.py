@@ -8,11 +8,13 @@ from typing import Any
 import evaluate
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
 from evaluation import RowLosses, choose_answers, generate_answers, measure_losses
 from finetune_arguments import DataArguments
 from finetune_data import encode_prompt, encode_rows, expand_choices
+from hf_moe_ext import record_router_load
 from quickstart.docstrings import name_words
-from transformers import PreTrainedTokenizerBase, Trainer
 
 METRIC = Path(__file__).resolve().parent / "metrics" / "docstring_overlap"
 METRIC_SCORE = "word_f1"
@@ -22,9 +24,10 @@ NUM_SHUFFLES = 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement: losses on every process, texts on the first one only."""
+    """One measurement; every process has all of it but the texts, which the first one writes."""
 
     losses: RowLosses
+    router_load: dict[str, list[float]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     accuracy: dict[str, float] = field(default_factory=dict)
 
@@ -72,7 +75,10 @@ class HeldOut:
 
     def measure(self, trainer: Trainer, description: str) -> Measurement:
         """Losses and accuracy through `Trainer.predict`; texts written by the first process while the others wait."""
-        losses = measure_losses(trainer, self.encoded)
+        assert trainer.model is not None
+        with record_router_load(trainer.model) as load:
+            losses = measure_losses(trainer, self.encoded)
+        shares = load.fractions()  # summed over processes, so every one of them asks
         accuracy = self._measure_accuracy(trainer) if self.choices is not None else {}
         texts: list[str] = []
         if trainer.is_world_process_zero() and self.written_rows:
@@ -86,7 +92,7 @@ class HeldOut:
                 description=f"write answers {description}",
             )
         trainer.accelerator.wait_for_everyone()
-        return Measurement(losses, texts, accuracy)
+        return Measurement(losses, shares, texts, accuracy)
 
     def _measure_accuracy(self, trainer: Trainer) -> dict[str, float]:
         assert self.choices is not None
@@ -134,9 +140,21 @@ class HeldOut:
             report["all_scores"]["shuffled"] = {k: float(np.mean([s[k] for s in shuffled])) for k in shuffled[0]}
         return report | {what: scores[METRIC_SCORE] for what, scores in report["all_scores"].items()}
 
+    def tabulate(self, before: Measurement, after: Measurement | None) -> dict[str, list[Any]]:
+        """Losses per row, for comparing runs row by row; what names a row stands first."""
+        named = {name: self.rows[name][:] for name in ("module", "name", "group") if name in self.rows.column_names}
+        table = {
+            **named,
+            "tokens": before.losses.tokens.astype(int).tolist(),
+            "nats_before": before.losses.nats.tolist(),
+        }
+        return table if after is None else {**table, "nats_after": after.losses.nats.tolist()}
+
     def sample_texts(self, before: Measurement, after: Measurement | None) -> list[dict[str, str | None]]:
         """Some rows with their reference and what was written."""
-        places = np.unique(np.linspace(0, len(self.written_rows) - 1, SHOWN_ROWS).astype(int)) if before.texts else []
+        if not before.texts:
+            return []
+        places = np.unique(np.linspace(0, len(self.written_rows) - 1, SHOWN_ROWS).astype(int))
         return [
             {
                 "prompt": self.rows[self.written_rows[i]]["prompt"],

@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from finetune_arguments import Arguments, UserError
 from huggingface_hub import HfApi, get_token
 from transformers.utils import logging
+
+from finetune_arguments import Arguments, UserError
 
 logger = logging.get_logger("finetune")
 

@@ -1,5 +1,6 @@
 """What a run leaves behind for a reader: intervals, pictures, and the results in the README card."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+
 from evaluation import RowLosses, as_plain
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -97,10 +99,19 @@ def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
+def write_rows(table: Mapping[str, Sequence[Any]], path: Path) -> None:
+    """A table of columns as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))
+
+
 def append_results(metrics: Mapping[str, Any], path: Path) -> None:
     """Put the results under the card that the adapter wrote, or start one."""
     card = path.read_text(encoding="utf-8") if path.exists() else "# Measured, nothing trained\n"
-    card = card.split(RESULTS_HEADING)[0].rstrip()
+    # PEFT's template follows, forty headings of "More Information Needed"; an earlier run's results too
+    card = card.split("# Model Card for Model ID")[0].split(RESULTS_HEADING)[0].rstrip()
     path.write_text(f"{card}\n\n{RESULTS_HEADING}\n\n{format_results(metrics)}\n", encoding="utf-8")
 
 

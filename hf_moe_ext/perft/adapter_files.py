@@ -46,7 +46,7 @@ def write_loading_snippet(folder: Path, base_model: str | None) -> None:
     text = card.text if path.is_file() else ""
     before, _, rest = text.partition(SNIPPET_START)
     body = before + rest.partition(SNIPPET_END)[2] if rest else before
-    if _UNTOUCHED_TEMPLATE <= set(body.splitlines()):
+    if set(body.splitlines()) >= _UNTOUCHED_TEMPLATE:
         body = _VERSIONS + body.partition(_VERSIONS)[2]
     snippet = _SNIPPET.format(
         start=SNIPPET_START, end=SNIPPET_END, adapter=_own_name(folder), base=base_model or "the base model"

@@ -5,10 +5,10 @@ from typing import Any
 
 _HEAD = """# PERFT on the quickstart's task
 
-What PERFT R, E, D and S gain on a small, fully reproducible task: a {parameters:,}-parameter OLMoE-style model
-({active_parameters:,} active; {bits_per_byte:.3f} bits per byte on held-out modules, an order-3 byte n-gram
-{ngram_bits_per_byte:.3f}), pre-trained on the source of the Python standard library, is fine-tuned to write the first
-sentence of a function's docstring, and measured on {rows} functions of modules it has never seen.
+What PERFT R, E, D and S gain on a small, fully reproducible task: an OLMoE-style model of {num_parameters:,} parameters
+({bits_per_byte:.3f} bits per byte on held-out modules, an order-3 byte n-gram {ngram_bits_per_byte:.3f}), pre-trained on
+the source of the Python standard library, is fine-tuned to write the first sentence of a function's docstring, and
+measured on {rows} functions of modules it has never seen.
 
 Command: `{command}`; every number below is in [perft-quickstart.json](perft-quickstart.json), which it writes.
 {steps} steps of {batch_size} rows, AdamW, cosine; learning rates {rates} tried per method on modules of the train side

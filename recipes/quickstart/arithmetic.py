@@ -31,7 +31,8 @@ def build_arithmetic_rows(
 
 
 def _ask(operands: list[int], count: int, generator: random.Random) -> list[dict[str, str]]:
-    rows, asked = [], set()
+    rows: list[dict[str, str]] = []
+    asked: set[tuple[str, int, int]] = set()
     while len(rows) < count:
         kind, wanted = _KINDS[len(rows) % 2], len(rows) // 2 % 2 == 0  # both answers equally often for both kinds
         a, b = generator.sample(operands, 2)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quickstart.corpus import Corpus, Module, read_corpus
 
@@ -127,9 +128,9 @@ def pretrain(settings: BaseSettings, folder: Path) -> dict[str, float]:
     """
     import torch
     from datasets import Dataset
-    from evaluation import measure_losses, sum_answer_nats
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
+    from evaluation import measure_losses, sum_answer_nats
     from quickstart.ngram import ByteNgram
 
     began = time.monotonic()
@@ -197,7 +198,8 @@ def pretrain(settings: BaseSettings, folder: Path) -> dict[str, float]:
         described = {**report, "settings": dataclasses.asdict(settings), "log": trainer.state.log_history}
         (staging / REPORT_FILE).write_text(json.dumps(described, indent=1) + "\n")
         staging.chmod(0o755)  # mkdtemp's own is for its owner alone
-        staging.rename(folder)
+        if not folder.is_dir():  # another run with the same settings may have been faster
+            staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report
@@ -223,8 +225,8 @@ def build_model(settings: BaseSettings, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
         output_router_logits=True,  # adds the load-balance loss while pre-training
-        experts_implementation="grouped_mm",
     )
+    config._experts_implementation = "grouped_mm"
     return OlmoeForCausalLM(config)
 
 
@@ -237,7 +239,8 @@ def main() -> None:
     """Entry point of the child process."""
     from transformers import HfArgumentParser
 
-    target, settings = HfArgumentParser([_Target, BaseSettings]).parse_args_into_dataclasses()
+    kinds: list[Any] = [_Target, BaseSettings]
+    target, settings = HfArgumentParser(kinds).parse_args_into_dataclasses()
     pretrain(settings, Path(target.folder))
 
 
