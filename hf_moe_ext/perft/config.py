@@ -1,7 +1,9 @@
 """``PerftConfig``: what a PERFT adapter is, checked when it is built."""
 
 import logging
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -87,6 +89,7 @@ class PerftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PerftType.PERFT
+        self.from_file = self.hf_moe_ext_version is not None  # no field: only what was saved knows its writer
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as every PEFT config holds it
         if isinstance(self.exclude_modules, list):
@@ -107,7 +110,7 @@ class PerftConfig(PeftConfig):
         """
         adapter_files.refuse_pickle(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
-        adapter_files.write_loading_snippet(Path(save_directory), self.base_model_name_or_path)
+        adapter_files.write_loading_snippet(Path(save_directory), self.base_model_name_or_path, self.task_type)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -116,7 +119,12 @@ class PerftConfig(PeftConfig):
         Raises:
             ValueError: the folder holds a pickled adapter and no safetensors.
         """
-        adapter_files.refuse_pickle(Path(pretrained_model_name_or_path, subfolder or ""))
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            adapter_files.refuse_pickle(folder)
+        else:
+            hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if kwargs.get(key)}
+            adapter_files.refuse_pickle_on_hub(str(pretrained_model_name_or_path), subfolder, **hub)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod
@@ -152,24 +160,35 @@ def _check_choices(config: PerftConfig) -> None:
         )
 
 
+def _check_number(name: str, value: Any, kind: type, rule: str, holds: Callable[[Any], bool]) -> None:
+    """Refuse what is no finite number of that kind, or breaks the rule."""
+    whole = kind is int and isinstance(value, int)
+    real = kind is float and isinstance(value, int | float) and math.isfinite(value)
+    if isinstance(value, bool) or not (whole or real) or not holds(value):
+        raise ValueError(f"PerftConfig: {name} must be {rule}; got {value!r}")
+
+
 def _check_sizes(config: PerftConfig) -> None:
-    for rank in (config.r, *config.rank_pattern.values()):
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"PerftConfig: r must be a whole number of at least 1; got {rank!r}")
-    if not 0 <= config.lora_dropout < 1:
-        raise ValueError(f"PerftConfig: lora_dropout is a probability in [0, 1); got {config.lora_dropout!r}")
-    if not config.lora_alpha > 0:
-        raise ValueError(f"PerftConfig: lora_alpha must be positive; got {config.lora_alpha!r}")
+    for name, ranks in (("r", {"": config.r}), ("rank_pattern", config.rank_pattern)):
+        for pattern, rank in ranks.items():
+            label = f"{name}[{pattern!r}]" if pattern else name
+            _check_number(label, rank, int, "a whole number of at least 1", lambda v: v >= 1)
+    for name, alphas in (("lora_alpha", {"": config.lora_alpha}), ("alpha_pattern", config.alpha_pattern)):
+        for pattern, alpha in alphas.items():
+            _check_number(f"{name}[{pattern!r}]" if pattern else name, alpha, float, "positive", lambda v: v > 0)
+    _check_number("lora_dropout", config.lora_dropout, float, "a probability in [0, 1)", lambda v: 0 <= v < 1)
+    if config.normalize_top_k not in (None, True, False):
+        raise ValueError(f"PerftConfig: normalize_top_k must be None, True or False; got {config.normalize_top_k!r}")
     if config.adapter == "parallel" and (config.lora_alpha != 32 or config.alpha_pattern):
         warnings.warn("PerftConfig: lora_alpha has no effect on adapter='parallel', whose scale is 1", stacklevel=4)
 
 
 def _resolve_router(config: PerftConfig) -> None:
     config.num_experts = 4 if config.num_experts is None else config.num_experts
-    config.top_k = min(2, max(config.num_experts, 1)) if config.top_k is None else config.top_k
-    if config.num_experts < 1:
-        raise ValueError(f"PerftConfig: num_experts must be at least 1; got {config.num_experts}")
-    if not 1 <= config.top_k <= config.num_experts:
+    _check_number("num_experts", config.num_experts, int, "a whole number of at least 1", lambda v: v >= 1)
+    config.top_k = min(2, config.num_experts) if config.top_k is None else config.top_k
+    _check_number("top_k", config.top_k, int, "a whole number of at least 1", lambda v: v >= 1)
+    if config.top_k > config.num_experts:
         raise ValueError(
             f"PerftConfig: top_k must be between 1 and num_experts={config.num_experts}; got {config.top_k}. "
             "Lower top_k or raise num_experts"
@@ -181,9 +200,9 @@ def _resolve_router(config: PerftConfig) -> None:
         )
     for name, default in (("router_aux_loss_coef", 0.01), ("router_z_loss_coef", 0.0)):
         value = getattr(config, name)
-        setattr(config, name, default if value is None else value)
-        if getattr(config, name) < 0:
-            raise ValueError(f"PerftConfig: {name} must be at least 0; got {value}")
+        value = default if value is None else value
+        _check_number(name, value, float, "a number of at least 0", lambda v: v >= 0)
+        setattr(config, name, value)
     if config.num_experts == 1:
         warnings.warn(
             "PerftConfig: variant='R' with num_experts=1 gives the one adapter weight 1, so its router learns nothing; "
@@ -202,8 +221,7 @@ def _refuse_router(config: PerftConfig) -> None:
             )
     if variant == "D":
         config.num_experts = 4 if config.num_experts is None else config.num_experts
-        if config.num_experts < 1:
-            raise ValueError(f"PerftConfig: num_experts must be at least 1; got {config.num_experts}")
+        _check_number("num_experts", config.num_experts, int, "a whole number of at least 1", lambda v: v >= 1)
     elif config.num_experts is not None:
         instead = "has one adapter per base expert" if variant == "E" else "has a single adapter; for several use 'D'"
         raise ValueError(

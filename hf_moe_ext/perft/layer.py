@@ -120,7 +120,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         output = self.base_layer(hidden_states, *args, **kwargs)
         if self.disable_adapters:
             return output
-        rows = self._compute_rows(hidden_states)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         index, weights = self._base_routing(args, kwargs)
         tape = self.state.current_tape()
         if tape is not None and tape.row_adapters is not None:
@@ -144,7 +144,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         else:
             idx, w = None, None
         return routed_adapter(
-            rows,
+            _autocast(rows),
             self.perft_A[name],
             self.perft_B[name],
             idx,
@@ -156,6 +156,10 @@ class PerftLayer(nn.Module, BaseTunerLayer):
 
     def _route(self, name: str, rows: Tensor, tape: ForwardTape | None) -> tuple[Tensor, Tensor]:
         settings, router = self.settings[name], self.perft_router[name]
+        if tape is None and self.training and torch.is_grad_enabled() and settings.coefficients:
+            # Called past the model. The empty tape keeps the nodes that a recomputation in backward will make.
+            warn_no_weight()
+            tape = ForwardTape(num_tokens=0, training=True)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, router.dtype), torch.float32)
         # Autocast would run a float32 linear in bfloat16, where near ties of a small router flip.
         with torch.autocast(rows.device.type, enabled=False):
@@ -166,31 +170,21 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                     tape.add_router(name, self.site_name, logits, index, settings.coefficients)
                 if tape.training and settings.coefficients and not torch.compiler.is_compiling():
                     logits = anchor_router(logits, index, tape, name)
-            elif self.training and torch.is_grad_enabled() and settings.coefficients:
-                warn_no_weight()
             return index, expert_weights(logits, index, settings.normalize)
 
     def _mixed_delta(self, tape: ForwardTape, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         names = tape.row_adapters or []
-        tokens, remainder = divmod(rows.shape[0], len(names))
-        if remainder:
+        if rows.shape[0] != tape.num_tokens:
             raise ValueError(
-                f"adapter_names: the experts of {self.site_name} received {rows.shape[0]} tokens, which is no multiple of "
-                f"the {len(names)} rows of the batch; this model drops or packs tokens, so run one adapter at a time"
+                f"adapter_names: the experts of {self.site_name} received {rows.shape[0]} tokens of the batch's "
+                f"{tape.num_tokens}; this model drops, packs or splits tokens, so run one adapter at a time"
             )
-        delta = torch.zeros_like(rows)
+        tokens = tape.num_tokens // len(names)
+        delta = torch.zeros_like(_autocast(rows))
         for name in sorted(set(names) & set(self.settings)):
             chosen = torch.tensor([row == name for row in names], device=rows.device).repeat_interleave(tokens)
             delta[chosen] = self._delta(name, rows[chosen], index[chosen], weights[chosen], None)
         return delta
-
-    def _compute_rows(self, hidden_states: Tensor) -> Tensor:
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        device = rows.device.type
-        if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
-            # grouped_mm is no autocast operation; without this the adapters would run in float32.
-            rows = rows.to(torch.get_autocast_dtype(device))
-        return rows
 
     def _base_routing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
@@ -214,11 +208,10 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         for key, parameter in self.named_parameters():
             value = state_dict.get(prefix + key)
             if key.startswith("perft_") and value is not None and value.shape != parameter.shape:
-                name = key.rpartition(".")[2]
-                self.state.detach(name)
-                raise ValueError(
+                self.state.refuse_load(
+                    key.rpartition(".")[2],
                     f"adapter file: {prefix + key} has shape {tuple(value.shape)}, but this model with this configuration "
-                    f"needs {tuple(parameter.shape)}; load it on the base model it was trained for"
+                    f"needs {tuple(parameter.shape)}; load it on the base model it was trained for",
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -226,7 +219,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         """Set trainability; Transformers' ``load_adapter`` freezes each layer so, right after it has loaded them."""
         if not requires_grad:
             for name in list(self.settings):
-                self.state.refuse_partial_load(name)
+                self.state.refuse_partial_load(name, or_empty=name in self.state.fresh)
         return super().requires_grad_(requires_grad)
 
     def extra_repr(self) -> str:
@@ -267,3 +260,11 @@ def _parameter_device_and_dtype(experts: nn.Module) -> tuple[torch.device | None
     if parameter is None:
         return None, torch.float32
     return parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _autocast(rows: Tensor) -> Tensor:
+    """The rows as autocast would have them: grouped_mm is no autocast operation and would run in float32."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device) and rows.dtype != torch.float64:
+        return rows.to(torch.get_autocast_dtype(device))
+    return rows

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import (
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
@@ -24,6 +25,8 @@ from hf_moe_ext.perft.report import describe_trainable
 from hf_moe_ext.perft.state import PerftState, describe_key_mismatch
 
 logger = logging.getLogger(__name__)
+
+_MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what PEFT's wrappers can mix
 
 
 class PerftModel(BaseTuner):
@@ -43,6 +46,8 @@ class PerftModel(BaseTuner):
             ValueError: no MoE block, a target that is no experts module, or a base router whose rule is unknown.
         """
         config: Any = self.peft_config[adapter_name]
+        if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+            raise ValueError(f"adapter_name {adapter_name!r} cannot name a parameter; use letters, digits, _ or -")
         if getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
             self._resolve_targets(model, config)
         try:
@@ -52,6 +57,9 @@ class PerftModel(BaseTuner):
             if state is not None:
                 state.detach(adapter_name)
             raise
+        state = find_state(model)
+        if state is not None and config.from_file:
+            state.fresh.add(adapter_name)
         logger.info("PERFT adapter %r attached.\n%s", adapter_name, describe_trainable(model, adapter_name))
 
     def _resolve_targets(self, model: nn.Module, config: PerftConfig) -> None:
@@ -120,11 +128,11 @@ class PerftModel(BaseTuner):
             raise ValueError(f"{current_key!r} ({type(target).__name__}) is not the experts module of a MoE block")
         if isinstance(target, PerftLayer):
             layer = target
+            # Expert parallelism has rewritten the experts' own count to the local one by now.
+            site = replace(site, num_experts=layer.base_num_experts)
         else:
             state = find_state(self.model) or PerftState(self.model)
             layer = PerftLayer(target, site, state)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)  # an additional adapter is not trainable by itself
             self._replace_module(parent, target_name, layer, target)
             state.site_names.append(current_key)
         settings = self._settings(peft_config, current_key, site, self.model)
@@ -150,17 +158,22 @@ class PerftModel(BaseTuner):
             yield
             return
         names = self._check_adapter_names(names)
-        repeats = _rows_per_name(kwargs)
+        wrappers = {name: m for name, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+        for name, wrapper in wrappers.items():
+            if isinstance(wrapper, ModulesToSaveWrapper) and not isinstance(wrapper.original_module, _MIXABLE):
+                raise ValueError(
+                    f"adapter_names: {name!r} ({type(wrapper.original_module).__name__}) is in modules_to_save, and PEFT "
+                    "mixes only linear, embedding and convolution layers; run one adapter at a time"
+                )
         handles = [
-            module.register_forward_pre_hook(_pass_adapter_names(names), with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
+            wrapper.register_forward_pre_hook(_pass_adapter_names(names), with_kwargs=True)
+            for wrapper in wrappers.values()
         ]
-        state.row_adapters, state.rows_per_name = names, repeats
+        state.row_adapters, state.rows_per_name = names, self._rows_per_name(args, kwargs)
         try:
             yield
         finally:
-            state.row_adapters, state.rows_per_name = None, (1,)
+            state.row_adapters, state.rows_per_name = None, 1
             for handle in handles:
                 handle.remove()
 
@@ -180,6 +193,16 @@ class PerftModel(BaseTuner):
                 f"Names for adapter_names: {', '.join(self.peft_config)}, __base__"
             )
         return list(names)
+
+    def _rows_per_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How many rows generate makes of one: a beam or a returned sequence each; a forward makes none."""
+        settings = [kwargs, vars(kwargs["generation_config"])] if kwargs.get("generation_config") else [kwargs]
+        if args or "input_ids" in kwargs or "inputs" in kwargs:  # PeftModel hands these on in generate
+            settings.append(vars(getattr(self.model, "generation_config", None) or object))
+        counts = []
+        for key in ("num_beams", "num_return_sequences"):
+            counts.append(next((int(s[key]) for s in settings if s.get(key)), 1))
+        return max(counts)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSAL)
@@ -211,9 +234,10 @@ class PerftModel(BaseTuner):
         extra = [key for key in remapped if key not in known and key.removeprefix(peft_prefix) not in known]
         if missing or extra:
             state = find_state(model)
-            if state is not None:
-                state.detach(adapter_name)
-            raise ValueError(describe_key_mismatch(missing, extra))
+            message = describe_key_mismatch(missing, extra)
+            if state is None:
+                raise ValueError(message)
+            state.refuse_load(adapter_name, message)
         return remapped
 
 
@@ -228,15 +252,6 @@ def _shortest_names(targets: list[str], names: list[str]) -> set[str]:
     tunable = [n for n in names if not n.startswith(tuple(f"{target}." for target in targets))]
     hit = {name for name in tunable if name.rpartition(".")[2] in tails}
     return tails if hit == set(targets) else set(targets)
-
-
-def _rows_per_name(kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """How many rows generate makes of one: itself in a forward, num_beams or num_return_sequences in generate."""
-    generation = kwargs.get("generation_config")
-    counts = {1}
-    for key in ("num_beams", "num_return_sequences"):
-        counts.add(int(kwargs.get(key) or getattr(generation, key, None) or 1))
-    return tuple(sorted(counts))
 
 
 def _pass_adapter_names(names: list[str]) -> Any:

@@ -19,12 +19,15 @@ from hf_moe_ext.perft.tape import ForwardTape
 class RouterLoad:
     """Sums of router behaviour over the forward passes seen, kept on the model's device; reading them synchronises."""
 
-    def __init__(self) -> None:
+    def __init__(self, training_only: bool = False) -> None:
+        self.training_only = training_only
         self._sums: dict[tuple[str, str], RouterSums] = {}
         self._passes: dict[str, Tensor] = {}
 
     def __call__(self, tape: ForwardTape) -> None:
         """Add one forward pass."""
+        if self.training_only and not tape.training:
+            return
         for key, sums in tape.sums.items():
             sums = sums.detach()
             self._sums[key] = self._sums[key] + sums if key in self._sums else sums
@@ -92,22 +95,21 @@ class RouterLoadCallback(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.state = find_state(model)
-        self.load = RouterLoad()
+        state = find_state(model)
+        if state is None:
+            raise ValueError("RouterLoadCallback: the model has no PERFT adapter yet; attach it first (get_peft_model)")
+        self.state = state
+        self.load = RouterLoad(training_only=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start recording."""
-        if self.state is not None and self.load not in self.state.recorders:
+        if self.load not in self.state.recorders:
             self.state.recorders.append(self.load)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop recording."""
-        if self.state is not None and self.load in self.state.recorders:
+        if self.load in self.state.recorders:
             self.state.recorders.remove(self.load)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget what evaluation did."""
-        self.load.reset()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the keys to this log line and start the next interval."""

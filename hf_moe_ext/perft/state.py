@@ -1,8 +1,9 @@
 """What the PERFT layers of one model share, and the hooks on the model that fill it. Nothing here is a parameter."""
 
 import inspect
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import delete_adapter
@@ -23,7 +24,7 @@ class PerftState:
         backward_tape: the pass whose backward is under way.
         row_adapters: adapter names of a mixed batch, set for the duration of a call.
         recorders: called with each finished tape.
-        model: the model the hooks sit on.
+        fresh: adapters made from a file's configuration and not used yet; a load that fails takes them off again.
         site_names: path of every wrapped experts module.
     """
 
@@ -31,9 +32,12 @@ class PerftState:
         self.tape: ForwardTape | None = None
         self.backward_tape: ForwardTape | None = None
         self.row_adapters: list[str] | None = None
-        self.rows_per_name: tuple[int, ...] = (1,)
+        self.rows_per_name = 1
         self.recorders: list[Callable[[ForwardTape], None]] = []
-        self.model = model
+        self.fresh: set[str] = set()
+        self._model = weakref.ref(
+            model
+        )  # its hooks hold this object: a strong reference back would outlive `del model`
         self.site_names: list[str] = []
         self._argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._shifts_labels = loss_shifts_labels(model)
@@ -41,7 +45,15 @@ class PerftState:
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._finish, with_kwargs=True),
+            model.register_forward_hook(self._clear, always_call=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the model must point to its own model.
+        return vars(self) | {"_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_model": weakref.ref(state["_model"])})
 
     def current_tape(self) -> ForwardTape | None:
         """The pass a layer's forward belongs to: the one under way, or the one being recomputed in backward."""
@@ -50,7 +62,19 @@ class PerftState:
         if torch._C._current_graph_task_id() == -1:  # as torch.utils.checkpoint asks: are we inside a backward?
             return None
         # A recomputation must build the same nodes as the first forward, also when no loss has passed by.
-        return self.backward_tape or ForwardTape(batch_size=0, training=True)
+        return self.backward_tape or ForwardTape(num_tokens=0, training=True)
+
+    def begin_backward(self, tape: ForwardTape) -> None:
+        """From here to the end of this backward, a block that gradient checkpointing recomputes belongs to ``tape``."""
+        self.backward_tape = tape
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self.backward_tape = None
+
+    def _clear(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        """Also after a forward that raised: what it left behind must not reach the next one."""
+        self.tape = None
 
     def remove_hooks(self) -> None:
         """Give the model back as it was."""
@@ -60,7 +84,7 @@ class PerftState:
 
     def detach(self, adapter: str) -> None:
         """Undo a half-made attachment: the adapter goes, and with the last one every wrapper and trace of it."""
-        model: Any = self.model
+        model: Any = self._model()
         delete_adapter(model, adapter, prefix="perft_")
         getattr(model, "peft_config", {}).pop(adapter, None)
         if getattr(model, "peft_config", None):
@@ -77,17 +101,33 @@ class PerftState:
         vars(model).pop("peft_config", None)
         vars(model).pop("_hf_peft_config_loaded", None)  # Transformers' own note that an adapter is there
 
-    def refuse_partial_load(self, adapter: str) -> None:
-        """Raise if Transformers' loader, which only prints a table, has filled some of an adapter's tensors but not all."""
-        suffix = f".{adapter}"
-        tensors = {n: p for n, p in self.model.named_parameters() if ".perft_" in n and n.endswith(suffix)}
-        missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
-        if missing and len(missing) < len(tensors):
+    def refuse_load(self, adapter: str, message: str) -> NoReturn:
+        """Raise; an adapter that this load had made is taken off, one that was there before stays as it was."""
+        if adapter in self.fresh:
             self.detach(adapter)
-            raise ValueError(describe_key_mismatch(missing, []))
+        raise ValueError(message)
+
+    def refuse_partial_load(self, adapter: str, or_empty: bool = False) -> None:
+        """Raise if Transformers' loader, which only prints a table, has filled only some of an adapter's tensors.
+
+        Extra tensors of a file it only lists; nothing of them arrives here.
+
+        Args:
+            adapter: its name.
+            or_empty: also if it filled none.
+        """
+        suffix, model = f".{adapter}", self._model()
+        assert model is not None
+        tensors = {n: p for n, p in model.named_parameters() if ".perft_" in n and n.endswith(suffix)}
+        missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing and (or_empty or len(missing) < len(tensors)):
+            self.refuse_load(adapter, describe_key_mismatch(missing, []))
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.tape = self.backward_tape = None
+        self.tape = None
+        for adapter in list(self.fresh):
+            self.refuse_partial_load(adapter)
+        self.fresh.clear()
         if "adapter_names" in kwargs:
             raise ValueError(
                 "adapter_names needs the PeftModel around the model (peft.get_peft_model or PeftModel.from_pretrained); "
@@ -96,7 +136,7 @@ class PerftState:
         training = model.training and torch.is_grad_enabled()
         if not (training or self.row_adapters or self.recorders):
             return
-        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        inputs = self._named(args, kwargs)
         rows = inputs.get("input_ids")
         if rows is None:
             rows = inputs.get("inputs_embeds")
@@ -105,7 +145,7 @@ class PerftState:
         if rows is None:
             return
         self.tape = ForwardTape(
-            batch_size=rows.shape[0],
+            num_tokens=rows.shape[0] * (rows.shape[1] if rows.ndim > 1 else 1),
             mask=_token_mask(inputs.get("attention_mask"), rows.shape[1]) if rows.ndim > 1 else None,
             row_adapters=self._expand_rows(rows.shape[0], inputs),
             training=training,
@@ -119,8 +159,10 @@ class PerftState:
             recorder(tape)
         if not tape.training:
             return None
-        inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
-        return _anchor_outputs(outputs, self._loss_share(inputs), self, tape)
+        return _anchor_outputs(outputs, self._loss_share(self._named(args, kwargs)), self, tape)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
 
     def _expand_rows(self, batch_size: int, inputs: dict[str, Any]) -> list[str] | None:
         names = self.row_adapters
@@ -132,9 +174,8 @@ class PerftState:
             raise ValueError(
                 "adapter_names needs one sequence per row; this batch is padding-free (packed). Pad it, one row each"
             )
-        for repeat in self.rows_per_name:
-            if batch_size == len(names) * repeat:
-                return [name for name in names for _ in range(repeat)]
+        if batch_size == len(names) * self.rows_per_name:
+            return [name for name in names for _ in range(self.rows_per_name)]
         raise ValueError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {batch_size} "
             "respectively; give one name per row ('__base__' for none)"

@@ -46,7 +46,7 @@ class ForwardTape:
     """One forward pass: which tokens count, what each router did, and with which weight the pass enters the step.
 
     Attributes:
-        batch_size: rows of the model's input.
+        num_tokens: rows times length of the model's input.
         mask: [batch * tokens] True where a token is not padding; None when all count.
         row_adapters: adapter name per row (mixed batches), else None.
         training: auxiliary gradients are wanted.
@@ -55,40 +55,57 @@ class ForwardTape:
         weights: source of the loss -> gradient-weight of this micro-batch, known once backward has begun.
     """
 
-    batch_size: int
+    num_tokens: int
     mask: Tensor | None = None
     row_adapters: list[str] | None = None
     training: bool = False
     sums: dict[tuple[str, str], RouterSums] = field(default_factory=dict)
     coefficients: dict[str, RouterCoefficients] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    _pooled: dict[str, RouterSums] = field(default_factory=dict)
 
     def pooled(self, adapter: str) -> RouterSums:
-        """The adapter's sums over all layers."""
-        parts = [sums for (name, _), sums in self.sums.items() if name == adapter]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        """The adapter's sums over all layers; every layer's backward asks for them."""
+        if adapter not in self._pooled:
+            parts = [sums for (name, _), sums in self.sums.items() if name == adapter]
+            total = parts[0]
+            for part in parts[1:]:
+                total = total + part
+            self._pooled[adapter] = total
+        return self._pooled[adapter]
+
+    def token_mask(self, logits: Tensor) -> Tensor | None:
+        """[tokens] True where a token counts; None counts all, which is all we can do where experts see a part of them."""
+        if self.mask is None:
+            return None
+        if self.mask.shape[0] != logits.shape[0]:
+            warnings.warn(
+                "PERFT: the experts of this model receive other tokens than its input has, so the auxiliary loss cannot "
+                "leave out padding; it counts every token that was routed",
+                stacklevel=2,
+            )
+            return None
+        return self.mask.to(logits.device)
 
     def add_router(
         self, adapter: str, layer: str, logits: Tensor, index: Tensor, coefficients: RouterCoefficients
     ) -> None:
         """Record what one layer's router did in this pass."""
-        mask = None if self.mask is None else self.mask.to(logits.device)
+        mask = self.token_mask(logits)
         if not torch.compiler.is_compiling():
             # Only the compiled path differentiates these sums; a graph left here would also be one that gradient
             # checkpointing does not see again.
             logits = logits.detach()
         self.sums[adapter, layer] = router_sums(logits, index, mask)
         self.coefficients[adapter] = coefficients
+        self._pooled.pop(adapter, None)
 
     def router_gradient(self, adapter: str, logits: Tensor, index: Tensor) -> Tensor | None:
         """Auxiliary gradient [tokens, num_experts] of one layer's logits; None where no loss has passed by."""
         if not self.weights:
             warn_no_weight()
             return None
-        mask = None if self.mask is None else self.mask.to(logits.device)
+        mask = self.token_mask(logits)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             objective = self.coefficients[adapter].objective(self.pooled(adapter), router_sums(leaf, index, mask))
@@ -138,7 +155,7 @@ class _LossAnchor(torch.autograd.Function):
         (share,) = ctx.saved_tensors
         ctx.tape.weights[ctx.source] = (gradients[0] * share).sum().detach()
         # A block that gradient checkpointing recomputes now belongs to this pass.
-        ctx.owner.backward_tape = ctx.tape
+        ctx.owner.begin_backward(ctx.tape)
         return gradients[0], None, None, None, None
 
 
@@ -153,7 +170,7 @@ def anchor_loss(value: Tensor, share: Tensor, owner: Any, tape: ForwardTape, sou
     Args:
         value: the loss [] or the log-probabilities [batch, tokens].
         share: what turns the gradient of ``value`` into the weight by multiplying and summing.
-        owner: holds ``backward_tape``.
+        owner: told when the backward begins, by ``begin_backward``.
         tape: the pass.
         source: name of the value, so that a second backward replaces its own weight only.
     """

@@ -166,6 +166,63 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_stays(fault, saved):
     assert set(second.peft_config) == {"good"}
 
 
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_failed_load_leaves_a_live_adapter_as_it_was(fault, saved):
+    """What a resumed training does: it loads into the adapter that is already there."""
+    base_folder, adapter = saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter, is_trainable=True)
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    BROKEN[fault][0](tensors)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=BROKEN[fault][1]):
+        model.load_adapter(adapter, "default")
+    assert set(model.state_dict()) == set(before)
+    assert set(model.peft_config) == {"default"}
+
+
+def test_transformers_own_loader_refuses_a_file_of_which_nothing_fits(saved):
+    base_folder, adapter = saved
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({f"other.{name}": t for name, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 6 tensors"):
+        AutoModelForCausalLM.from_pretrained(base_folder).load_adapter(str(adapter))
+
+
+def test_a_partial_file_loaded_for_training_is_refused_before_the_first_step(saved):
+    base_folder, adapter = saved
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    _drop(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.load_adapter(str(adapter), is_trainable=True)
+    with pytest.raises(ValueError, match="lacks 1 tensors"):
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys"])
+def test_a_name_pytorch_cannot_hold(name):
+    model = zoo.build("olmoe")
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="cannot name a parameter; use letters"):
+        get_peft_model(model, config(), adapter_name=name)
+    assert fingerprint(model) == before
+
+
+def test_a_pickled_adapter_in_the_hubs_cache_is_refused(saved, tmp_path):
+    _, adapter = saved
+    repository = tmp_path / "hub" / "models--somebody--adapter"
+    snapshot = repository / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123456789abcdef")
+    (snapshot / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    torch.save({}, snapshot / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"somebody/adapter/adapter_model.bin is a pickle"):
+        PerftConfig.from_pretrained("somebody/adapter", cache_dir=str(tmp_path / "hub"))
+
+
 @pytest.mark.parametrize("fault", ["missing", "shape"])
 def test_transformers_own_loader_refuses_a_partial_file(fault, saved):
     """Transformers prints a table of what was missing and would go on; extra tensors it only lists."""

@@ -123,6 +123,11 @@ def test_the_card_starts_with_the_loading_snippet_and_keeps_what_was_written(bas
     assert again.rstrip().endswith("My own words.")
 
 
+def test_the_snippet_loads_the_task(tmp_path):
+    PerftConfig(task_type="SEQ_CLS").save_pretrained(tmp_path)
+    assert "AutoPeftModelForSequenceClassification.from_pretrained" in (tmp_path / "README.md").read_text()
+
+
 def test_the_snippet_names_the_folder_as_the_user_does(base_folder, tmp_path, monkeypatch):
     model = get_peft_model(pretrained(base_folder), config())
     monkeypatch.chdir(tmp_path)
@@ -314,6 +319,13 @@ def test_mixed_batches_refuse_what_they_cannot_serve():
         model(input_ids=ids, adapter_names=["one", "four"])
     with pytest.raises(TypeError, match="must be a list"):
         model(input_ids=ids, adapter_names="one")
+    settings = {"max_new_tokens": 2, "num_beams": 2}
+    for names in (["one"], ["one", "two", "one", "two"]):
+        with pytest.raises(ValueError, match="adapter_names"):
+            model.generate(input_ids=ids, adapter_names=names, **settings)
+    norms = get_peft_model(zoo.build("olmoe"), config("S", modules_to_save=["norm"])).eval()
+    with pytest.raises(ValueError, match=r"norm' \(OlmoeRMSNorm\) is in modules_to_save"):
+        norms(input_ids=ids, adapter_names=["default", "__base__"])
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ValueError, match="padding-free"):
         model(input_ids=ids[:1], position_ids=packed, adapter_names=["one"])

@@ -40,6 +40,19 @@ def test_router_precision(base_dtype, autocast):
             assert parameter.grad.isfinite().all(), name
 
 
+def test_autocast_does_not_touch_the_routers_input():
+    layer = next(m for m in perft_r(dtype=torch.float32).eval().modules() if isinstance(m, PerftLayer))
+    hidden, index, weights = torch.randn(4096, 32), torch.zeros(4096, 1, dtype=torch.long), torch.ones(4096, 1)
+    chosen = []
+    real = layer._route
+    layer._route = lambda *args: (chosen.append(real(*args)[0]), real(*args))[1]
+    with torch.no_grad():
+        layer(hidden, index, weights)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(hidden, index, weights)
+    assert torch.equal(*chosen)
+
+
 def test_a_base_cast_after_attaching_still_routes_in_float32():
     model = perft_r(dtype=torch.float32).to(torch.bfloat16)
     assert router_logit_dtypes(model, batch()) == {torch.float32}

@@ -1,10 +1,16 @@
 """The auxiliary loss of PERFT-R: its gradient, its weight in the step, and who must not see it."""
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from peft import get_peft_model
 
-from hf_moe_ext import PerftConfig, record_router_load
+from hf_moe_ext import PerftConfig, RouterLoadCallback, record_router_load
+from hf_moe_ext.perft.layer import PerftLayer
 from support import zoo
 from support.perft import assert_equal_gradients, batch, explicit_auxiliary, gradients, perft_r, trainable
 
@@ -103,6 +109,68 @@ def test_calling_past_the_model_is_said_too():
     inner = model.get_base_model().model
     with pytest.warns(UserWarning, match="auxiliary loss .* is NOT applied"):
         inner(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+@pytest.mark.filterwarnings("ignore:PERFT. the adapter router's auxiliary loss:UserWarning")  # said in the test above
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_calling_past_the_model_gets_no_stale_auxiliary_gradient(reentrant):
+    """After a step of the whole model, the inner model alone trains on its own loss: nothing of the step may come back."""
+    model, inputs = perft_r(), batch(seed=1)
+    expected = {}
+    for stale in (False, True):
+        if stale:
+            model(**batch(seed=2)).loss.backward()
+            model.zero_grad()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        inner = model.get_base_model().model
+        inner(input_ids=inputs["input_ids"]).last_hidden_state.square().mean().backward()
+        grads = {name: p.grad.clone() for name, p in trainable(model).items()}
+        model.zero_grad()
+        model.gradient_checkpointing_disable()
+        if not stale:
+            expected = grads
+    assert_equal_gradients(grads, expected, atol=1e-14)
+
+
+def test_a_forward_that_failed_leaves_nothing_behind():
+    model, inputs = perft_r(), batch()
+    expected = gradients(model, model(**inputs).loss)
+    head = model.get_base_model().lm_head
+    handle = head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**batch(rows=5, seed=4))
+    handle.remove()
+    state = next(m.state for m in model.modules() if isinstance(m, PerftLayer))
+    assert state.tape is None
+    assert_equal_gradients(gradients(model, model(**inputs).loss), expected, atol=0)
+
+
+def test_a_deleted_model_frees_its_memory_at_once():
+    model = perft_r()
+    model(**batch()).loss.backward()
+    watched = weakref.ref(model.get_base_model())
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert watched() is None, "a reference cycle keeps the weights until the next garbage collection"
+    finally:
+        gc.enable()
+
+
+def test_a_copy_and_a_pickle_have_a_tape_of_their_own():
+    model, inputs = perft_r(), batch()
+    expected = gradients(model, model(**inputs).loss)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal_gradients(gradients(twin, twin(**inputs).loss), expected, atol=0)
+        layer = next(m for m in twin.modules() if isinstance(m, PerftLayer))
+        assert layer.state._model() is twin.get_base_model()
+
+
+def test_the_callback_wants_an_adapter():
+    with pytest.raises(ValueError, match="no PERFT adapter yet; attach it first"):
+        RouterLoadCallback(zoo.build("olmoe"))
 
 
 @pytest.mark.parametrize("variant", ["E", "D", "S"])
