@@ -20,12 +20,12 @@ def test_accepted_ranges_are_those_of_pyproject() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *extras["recipes"], *extras["dev"]]
+    asked = [*project["dependencies"], *extras["recipes"], *extras["test"]]
     packages = {package.name: package for package in read_environment().packages}
     assert packages["python"].accepted == project["requires-python"]
     for name in TESTED:
         assert f"{name}{packages[name].accepted}" in asked
-    assert [packages[name].extra for name in ("torch", "datasets", "trl")] == [None, "recipes", "dev"]
+    assert [packages[name].extra for name in ("torch", "datasets", "trl")] == [None, "recipes", "test"]
 
 
 @pytest.mark.parametrize(
