@@ -30,17 +30,17 @@ REPORT_FILE = "base.json"
 class BaseSettings:
     """Everything the base depends on; sizes were chosen by bits per byte within about five minutes on two cores."""
 
-    vocab_size: int = field(default=1024, metadata={"help": "Byte-level BPE entries, the two special ones included."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
-    intermediate_size: int = field(default=128, metadata={"help": "Width of one expert."})
+    vocab_size: int = field(default=4096, metadata={"help": "Byte-level BPE entries, the two special ones included."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of the model."})
+    intermediate_size: int = field(default=192, metadata={"help": "Width of one expert."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Blocks; each holds experts."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    num_attention_heads: int = field(default=6, metadata={"help": "Attention heads."})
     num_experts: int = field(default=8, metadata={"help": "Experts per block."})
     top_k: int = field(default=2, metadata={"help": "Experts per token."})
     sequence_length: int = field(default=256, metadata={"help": "Tokens per training row."})
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
-    max_steps: int = field(default=1600, metadata={"help": "Steps of pre-training."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak rate; AdamW, warm-up, cosine to zero."})
+    max_steps: int = field(default=1400, metadata={"help": "Steps of pre-training."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak rate; AdamW, warm-up, cosine to zero."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and row order."})
     source_dir: str | None = field(default=None, metadata={"help": "Folder of .py files in place of the library."})
 
