@@ -64,10 +64,10 @@ def _table(results: dict[str, Any]) -> str:
 def _reading(results: dict[str, Any]) -> list[str]:
     methods = results["methods"]
     wins = [name for name, m in methods.items() if m["beats_base_in_every_seed"]]
-    lines = [f"- Better than the base in every seed, the interval excluding zero: {', '.join(wins) or 'none'}.\n"]
+    lines = [f"- Better than the base in every seed, the interval excluding zero: {'; '.join(wins) or 'none'}.\n"]
     rest = [name for name in methods if name not in wins]
     if rest:
-        lines.append(f"- Not so: {', '.join(rest)}.\n")
+        lines.append(f"- Not so: {'; '.join(rest)}.\n")
     for other in methods:
         if other != "R":
             lines.append(_compare("R", other, methods))
@@ -78,7 +78,7 @@ def _reading(results: dict[str, Any]) -> list[str]:
     ]
     if edge:
         lines.append(
-            f"- The best learning rate lies at the edge of the grid for {', '.join(edge)}: it may do better outside.\n"
+            f"- The best learning rate lies at the edge of the grid for {'; '.join(edge)}: it may do better outside.\n"
         )
     lines.append(
         "- One task, one small model, three seeds: it shows that the method works and learns, and ranks nothing for "
