@@ -12,6 +12,7 @@ from hf_moe_ext import registry
 
 if TYPE_CHECKING:
     from hf_moe_ext.perft import PerftConfig, PerftModel
+    from hf_moe_ext.perft.report import count_trainable
     from hf_moe_ext.perft.router_load import RouterLoadCallback, record_router_load
 
 __version__ = "0.1.0"
@@ -20,9 +21,10 @@ _EXPORTS = {
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
+    "count_trainable": "hf_moe_ext.perft.report",
     "record_router_load": "hf_moe_ext.perft.router_load",
 }
-__all__ = ["PerftConfig", "PerftModel", "RouterLoadCallback", "__version__", "record_router_load"]
+__all__ = ["PerftConfig", "PerftModel", "RouterLoadCallback", "__version__", "count_trainable", "record_router_load"]
 
 
 def __getattr__(name: str) -> Any:

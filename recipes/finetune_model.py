@@ -1,14 +1,14 @@
 """The model of a run: loading it, and making it trainable the way `--peft` says."""
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_arguments import AdapterArguments, ModelArguments, UserError
-from hf_moe_ext import PerftConfig
+from hf_moe_ext import PerftConfig, count_trainable
 
 LORA_TARGETS = ("q_proj", "v_proj")
 
@@ -145,26 +145,11 @@ def group_parameters(
     ]
 
 
-def count_parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Trainable parameters, and how many of them one token uses."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    active = sum(parameter.numel() * _used_share(model, name) for name, parameter in trained.items())
-    return {"trainable": sum(parameter.numel() for parameter in trained.values()), "active": round(active)}
-
-
-def _used_share(model: torch.nn.Module, name: str) -> float:
-    """Of a stack of routed adapters, the part one token goes through; everything else is used whole."""
-    if not isinstance(model, PeftModel) or not any(part in name for part in (".perft_A.", ".perft_B.")):
-        return 1
-    config = model.peft_config["default"]
-    assert isinstance(config, PerftConfig)
-    if config.variant == "R":
-        assert config.top_k is not None
-        return config.top_k / model.get_parameter(name).shape[0]
-    if config.variant == "E":
-        base = cast(PreTrainedModel, model.get_base_model()).config.get_text_config()
-        return base.num_experts_per_tok / model.get_parameter(name).shape[0]
-    return 1
+def count_parameters(model: torch.nn.Module) -> dict[str, int | None]:
+    """Trainable parameters, and how many of them one token uses; what is not a PERFT adapter is used whole."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    stored, active = count_trainable(model)
+    return {"trainable": trainable, "active": None if active is None else trainable - stored + active}
 
 
 def _cannot_load(what: str, arguments: ModelArguments, error: Exception) -> UserError:

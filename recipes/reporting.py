@@ -142,10 +142,8 @@ def format_results(metrics: Mapping[str, Any]) -> str:
             f"majority class {scores['majority_class']:.1%} |"
         )
     if parameters := metrics.get("parameters"):
-        lines += [
-            "",
-            f"Trainable parameters: {parameters['trainable']:,}, of which a token uses {parameters['active']:,}.",
-        ]
+        active = "an unknown part" if parameters["active"] is None else format(parameters["active"], ",")
+        lines += ["", f"Trainable parameters: {parameters['trainable']:,}, of which a token uses {active}."]
     if pictures := metrics.get("pictures"):
         lines += ["", *(f"![{name}]({name})" for name in pictures)]
     if samples := metrics.get("samples"):

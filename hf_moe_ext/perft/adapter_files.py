@@ -10,6 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
+KEY_PREFIX = "base_model.model."  # PeftModel and its tuner, in front of every name on disk
 SNIPPET_START, SNIPPET_END = "<!-- hf_moe_ext: how to load -->", "<!-- hf_moe_ext: end -->"
 
 _LOADERS = {

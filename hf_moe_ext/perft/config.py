@@ -175,7 +175,8 @@ def _check_sizes(config: PerftConfig) -> None:
             _check_number(label, rank, int, "a whole number of at least 1", lambda v: v >= 1)
     for name, alphas in (("lora_alpha", {"": config.lora_alpha}), ("alpha_pattern", config.alpha_pattern)):
         for pattern, alpha in alphas.items():
-            _check_number(f"{name}[{pattern!r}]" if pattern else name, alpha, float, "positive", lambda v: v > 0)
+            label = f"{name}[{pattern!r}]" if pattern else name
+            _check_number(label, alpha, float, "positive", lambda v: v > 0)
     _check_number("lora_dropout", config.lora_dropout, float, "a probability in [0, 1)", lambda v: 0 <= v < 1)
     if config.normalize_top_k not in (None, True, False):
         raise ValueError(f"PerftConfig: normalize_top_k must be None, True or False; got {config.normalize_top_k!r}")
@@ -183,9 +184,14 @@ def _check_sizes(config: PerftConfig) -> None:
         warnings.warn("PerftConfig: lora_alpha has no effect on adapter='parallel', whose scale is 1", stacklevel=4)
 
 
+def _resolve_num_experts(config: PerftConfig) -> int:
+    num_experts = 4 if config.num_experts is None else config.num_experts
+    _check_number("num_experts", num_experts, int, "a whole number of at least 1", lambda v: v >= 1)
+    return num_experts
+
+
 def _resolve_router(config: PerftConfig) -> None:
-    config.num_experts = 4 if config.num_experts is None else config.num_experts
-    _check_number("num_experts", config.num_experts, int, "a whole number of at least 1", lambda v: v >= 1)
+    config.num_experts = _resolve_num_experts(config)
     config.top_k = min(2, config.num_experts) if config.top_k is None else config.top_k
     _check_number("top_k", config.top_k, int, "a whole number of at least 1", lambda v: v >= 1)
     if config.top_k > config.num_experts:
@@ -220,8 +226,7 @@ def _refuse_router(config: PerftConfig) -> None:
                 f"Leave {name} out, or choose variant='R'"
             )
     if variant == "D":
-        config.num_experts = 4 if config.num_experts is None else config.num_experts
-        _check_number("num_experts", config.num_experts, int, "a whole number of at least 1", lambda v: v >= 1)
+        config.num_experts = _resolve_num_experts(config)
     elif config.num_experts is not None:
         instead = "has one adapter per base expert" if variant == "E" else "has a single adapter; for several use 'D'"
         raise ValueError(

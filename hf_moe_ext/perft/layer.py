@@ -166,7 +166,8 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             logits = F.linear(rows.to(dtype), router.to(dtype))
             index = choose_experts(logits, settings.top_k)
             if tape is not None:
-                if tape is self.state.tape:  # once: not when gradient checkpointing recomputes the layer
+                wanted = bool(settings.coefficients) or bool(self.state.recorders)
+                if wanted and tape is self.state.tape:  # once: not when gradient checkpointing recomputes the layer
                     tape.add_router(name, self.site_name, logits, index, settings.coefficients)
                 if tape.training and settings.coefficients and not torch.compiler.is_compiling():
                     logits = anchor_router(logits, index, tape, name)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import ExpertsSite, explain_no_blocks, iterate_experts, read_experts
 from hf_moe_ext.host.families import FAMILIES, normalizes_top_k
+from hf_moe_ext.perft.adapter_files import KEY_PREFIX
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
 from hf_moe_ext.perft.report import describe_trainable
@@ -229,9 +230,8 @@ class PerftModel(BaseTuner):
         known = model.state_dict().keys()
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(dict.fromkeys(known), prefixes).keys()
-        peft_prefix = "base_model.model."
         missing = [key for key in expected if key not in remapped]
-        extra = [key for key in remapped if key not in known and key.removeprefix(peft_prefix) not in known]
+        extra = [key for key in remapped if key not in known and key.removeprefix(KEY_PREFIX) not in known]
         if missing or extra:
             state = find_state(model)
             message = describe_key_mismatch(missing, extra)

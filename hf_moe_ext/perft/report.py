@@ -1,5 +1,6 @@
 """What a PERFT adapter trains, per module, with counts: shown when it is attached and by ``hf-moe doctor``."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,11 +57,28 @@ def trainable_rows(model: nn.Module, adapter: str = "default") -> list[Trainable
     return rows
 
 
+def sum_rows(rows: Iterable[TrainableRow]) -> tuple[int, int | None]:
+    """(stored, active) parameters of all rows; active None where a row does not know."""
+    total, active = 0, 0
+    known = True
+    for row in rows:
+        total += row.total
+        active += row.active or 0
+        known = known and row.active is not None
+    return total, active if known else None
+
+
 def count_trainable(model: nn.Module, adapter: str = "default") -> tuple[int, int | None]:
-    """(stored, active) parameters of the adapter over all layers; active None where unknown."""
-    rows = trainable_rows(model, adapter)
-    active = [row.active for row in rows]
-    return sum(row.total for row in rows), None if None in active else sum(a for a in active if a is not None)
+    """(stored, active) parameters of a PERFT adapter over all layers; (0, 0) for a model without it.
+
+    Args:
+        model: a model with PERFT adapters, wrapped or not.
+        adapter: name of the adapter.
+
+    Returns:
+        What the adapter stores, and what one token uses of it; None for the latter where the base's top-k is unknown.
+    """
+    return sum_rows(trainable_rows(model, adapter))
 
 
 def describe_trainable(model: nn.Module, adapter: str = "default") -> str:
@@ -73,7 +91,7 @@ def describe_trainable(model: nn.Module, adapter: str = "default") -> str:
         + ("" if row.active is None else f", {row.active:,} active per token")
         for row in rows
     ]
-    total, active = count_trainable(model, adapter)
+    total, active = sum_rows(rows)
     others = [name for name, p in model.named_parameters() if p.requires_grad and "perft_" not in name]
     lines.append(
         f"  {total:,} parameters in {len(rows)} modules" + ("" if active is None else f", {active:,} active per token")

@@ -44,11 +44,8 @@ class RouterLoad:
 
     def fractions(self, adapter: str = "default") -> dict[str, list[float]]:
         """Experts module -> share of the routed choices each adapter expert got (sums to 1), in layer order."""
-        return {
-            layer: (counts / counts.sum().clamp(min=1)).tolist()
-            for (name, layer), counts in ((key, _reduced(sums.counts)) for key, sums in self._sums.items())
-            if name == adapter
-        }
+        counts = {layer: _reduced(sums.counts) for (name, layer), sums in self._sums.items() if name == adapter}
+        return {layer: (count / count.sum().clamp(min=1)).tolist() for layer, count in counts.items()}
 
     def losses(self, adapter: str = "default") -> dict[str, float]:
         """Mean load-balance and z-loss per pass, unweighted; empty if the adapter has no router or nothing was seen."""
@@ -123,9 +120,10 @@ class RouterLoadCallback(TrainerCallback):
                 "router_load_max": max(max(share) for share in shares),
                 "router_load_entropy": sum(entropies) / len(entropies),
             }
-            logs.update({f"{key}{suffix}": value for key, value in values.items()})
+            values = {f"{key}{suffix}": value for key, value in values.items()}
+            logs.update(values)
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
-                state.log_history[-1].update({f"{key}{suffix}": value for key, value in values.items()})
+                state.log_history[-1].update(values)
         self.load.reset()
 
 

@@ -35,9 +35,8 @@ class PerftState:
         self.rows_per_name = 1
         self.recorders: list[Callable[[ForwardTape], None]] = []
         self.fresh: set[str] = set()
-        self._model = weakref.ref(
-            model
-        )  # its hooks hold this object: a strong reference back would outlive `del model`
+        # Weak: the model's hooks hold this object, and a strong reference back would outlive `del model`.
+        self._model = weakref.ref(model)
         self.site_names: list[str] = []
         self._argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._shifts_labels = loss_shifts_labels(model)

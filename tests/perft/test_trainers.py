@@ -87,7 +87,7 @@ def test_trainer_with_uneven_accumulation(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16 sets it itself
 def test_sft_trainer_with_uneven_accumulation(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl is an extra of the dev environment")
+    trl = pytest.importorskip("trl", reason="trl comes with the test extra, which is not installed")
     model, keep, data = perft_r(), KeepGradients(), rows()
     expected = expected_gradients(model, [collate([{"input_ids": r} for r in data[i : i + 2]]) for i in range(0, 6, 2)])
     settings = arguments(tmp_path, train_sampling_strategy="sequential", bf16=False)

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_moe_ext.perft.adapter_files import refuse_pickle
+from hf_moe_ext.perft.adapter_files import KEY_PREFIX, refuse_pickle
 from hf_moe_ext.perft.config import PerftConfig, PerftType
 from hf_moe_ext.perft.doctor.adapter_file import (
-    PREFIX,
     TensorShape,
     check_values,
     compare_header,
@@ -80,7 +79,7 @@ def _diagnose_adapter(folder: Path, base_model: str | None) -> Diagnosis:
         diagnosis.file_bytes = weights.stat().st_size
         diagnosis.rows = rows_of_header(header, config)
         diagnosis.also_trains = {
-            name.removeprefix(PREFIX): tensor.shape for name, tensor in header.items() if ".perft_" not in name
+            name.removeprefix(KEY_PREFIX): tensor.shape for name, tensor in header.items() if ".perft_" not in name
         }
         try:
             _compare_with_base(diagnosis, config, header, base_model)

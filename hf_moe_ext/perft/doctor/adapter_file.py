@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_moe_ext.perft.adapter_files import KEY_PREFIX
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.doctor.diagnosis import Finding, FindingError
 from hf_moe_ext.perft.report import TrainableRow
 
-PREFIX = "base_model.model."
 _SHOWN = 4
 
 
@@ -53,7 +53,7 @@ def compare_header(
         base: the base model's own tensors, which a file may also carry (a resized embedding).
     """
     findings = []
-    own = {f"{PREFIX}{name}": shape for name, shape in base.items()}
+    own = {f"{KEY_PREFIX}{name}": shape for name, shape in base.items()}
     next_step = "use the base model it was trained for, with the adapter_config.json it was saved with"
     missing = [name for name in expected if name not in header]
     extra = [name for name in header if name not in expected and name not in own]
@@ -110,7 +110,7 @@ def rows_of_header(header: Mapping[str, TensorShape], config: PerftConfig) -> li
     """One row per adapted module from the file alone, for a base model that is not at hand."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in header.items():
-        module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
+        module, _, parameter = name.removeprefix(KEY_PREFIX).rpartition(".")
         if parameter.startswith("perft_") and tensor.shape:
             modules.setdefault(module, {})[parameter] = tensor.shape
     return [_row(module, tensors, config) for module, tensors in modules.items()]

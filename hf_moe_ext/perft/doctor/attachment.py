@@ -12,6 +12,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import iterate_experts
+from hf_moe_ext.perft.adapter_files import KEY_PREFIX
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.doctor.base import describe_router
 from hf_moe_ext.perft.doctor.diagnosis import Diagnosis, Finding, FindingError, RouterSummary
@@ -99,7 +100,7 @@ def attach(model: nn.Module, config: PerftConfig, diagnosis: Diagnosis) -> dict[
         raise FindingError("attach-refused", str(error), "change the option named here") from error
     diagnosis.rows = trainable_rows(peft_model)
     diagnosis.also_trains = {
-        name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): tuple(parameter.shape)
+        name.removeprefix(KEY_PREFIX).replace(".modules_to_save.default", ""): tuple(parameter.shape)
         for name, parameter in peft_model.named_parameters()
         if parameter.requires_grad and ".perft_" not in name
     }

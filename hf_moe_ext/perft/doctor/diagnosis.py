@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from hf_moe_ext.perft.report import TrainableRow
+from hf_moe_ext.perft.report import TrainableRow, sum_rows
 
 # float32 weight, its gradient, and the two moments of Adam: 4 bytes each.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -113,13 +113,12 @@ class Diagnosis:
     @property
     def adapter_parameters(self) -> int:
         """Parameters stored by the adapters of all modules."""
-        return sum(row.total for row in self.rows)
+        return sum_rows(self.rows)[0]
 
     @property
     def active_parameters(self) -> int | None:
         """Adapter parameters one token uses; None where a row does not know."""
-        active = [row.active for row in self.rows]
-        return None if None in active else sum(value for value in active if value is not None)
+        return sum_rows(self.rows)[1]
 
     @property
     def trainable_parameters(self) -> int:
