@@ -11,16 +11,46 @@ import torch
 from torch import Tensor
 
 
-class RouterSums(NamedTuple):
-    """The sums over counted tokens from which both auxiliary losses are computed.
-
-    Sums, not means, so that layers (and processes) are pooled by addition.
+class TokenGroups(NamedTuple):
+    """Which tokens count and which belong together: the sequences of a batch, or everything as one group.
 
     Attributes:
-        counts: [num_experts] tokens sent to each expert, over all choices; carries no gradient.
-        probabilities: [num_experts] summed softmax probabilities.
-        squared_lse: [] summed squared log-sum-exp of the logits.
-        tokens: [] number of counted (layer, token) pairs.
+        num_groups: number of groups; an upper bound where ``segment`` is given, so that nobody waits for the device.
+        mask: [tokens] True where a token counts (no padding); None counts all.
+        segment: [tokens] group of each token; None: equal runs of ``tokens / num_groups`` (the rows of a batch).
+    """
+
+    num_groups: int = 1
+    mask: Tensor | None = None
+    segment: Tensor | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """[num_groups, ...] sums of ``values`` [tokens, ...] over the counted tokens of each group."""
+        if self.mask is not None:
+            keep = self.mask.to(values.device)
+            values = values * keep.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+        if self.segment is not None:
+            zeros = values.new_zeros(self.num_groups, *values.shape[1:])
+            return zeros.index_add(0, self.segment.to(values.device), values)
+        return values.reshape(self.num_groups, -1, *values.shape[1:]).sum(dim=1)
+
+    def spread(self, values: Tensor, tokens: int) -> Tensor:
+        """[tokens] the value of each token's group, from ``values`` [num_groups]."""
+        if self.segment is not None:
+            return values[self.segment.to(values.device)]
+        return values.repeat_interleave(tokens // self.num_groups, output_size=tokens)
+
+
+class RouterSums(NamedTuple):
+    """The sums over counted tokens from which both auxiliary losses are computed, one row per token group.
+
+    Sums, not means, so that layers (and groups, and processes) are pooled by addition.
+
+    Attributes:
+        counts: [groups, num_experts] tokens sent to each expert, over all choices; carries no gradient.
+        probabilities: [groups, num_experts] summed softmax probabilities.
+        squared_lse: [groups] summed squared log-sum-exp of the logits.
+        tokens: [groups] number of counted (layer, token) pairs.
     """
 
     counts: Tensor
@@ -33,6 +63,10 @@ class RouterSums(NamedTuple):
 
     def detach(self) -> "RouterSums":
         return RouterSums(*(value.detach() for value in self))
+
+    def total(self) -> "RouterSums":
+        """The same with all groups pooled into one."""
+        return RouterSums(*(value.sum(dim=0, keepdim=True) for value in self))
 
 
 @torch.no_grad()
@@ -58,39 +92,35 @@ def expert_weights(logits: Tensor, index: Tensor, normalize: bool) -> Tensor:
     return weights / weights.sum(dim=-1, keepdim=True) if normalize else weights
 
 
-def router_sums(logits: Tensor, index: Tensor, mask: Tensor | None = None) -> RouterSums:
+def router_sums(logits: Tensor, index: Tensor, groups: TokenGroups = TokenGroups()) -> RouterSums:  # noqa: B008
     """Sum what the auxiliary losses need over the tokens of one layer.
 
     Args:
         logits: [tokens, num_experts].
-        index: [tokens, top_k] chosen experts.
-        mask: [tokens], True where a token counts (no padding); None counts all.
+        index: [tokens, top_k] chosen experts, each once.
+        groups: which tokens count and which belong together.
     """
-    keep = torch.ones_like(logits[:, 0]) if mask is None else mask.to(logits.dtype)
     with torch.no_grad():
-        counts = torch.zeros_like(logits[0]).scatter_add(
-            0, index.reshape(-1), keep[:, None].expand(-1, index.shape[1]).reshape(-1)
-        )
-    probabilities = (logits.softmax(dim=-1) * keep[:, None]).sum(dim=0)
-    squared_lse = (logits.logsumexp(dim=-1).square() * keep).sum()
-    return RouterSums(counts, probabilities, squared_lse, keep.sum())
+        counts = groups.sum(torch.zeros_like(logits).scatter(1, index, 1.0))
+        tokens = groups.sum(torch.ones_like(logits[:, 0]))
+    return RouterSums(counts, groups.sum(logits.softmax(dim=-1)), groups.sum(logits.logsumexp(dim=-1).square()), tokens)
 
 
 def load_balance_loss(counts: Tensor, probabilities: Tensor, tokens: Tensor) -> Tensor:
     """``M * sum_i f[i] P[i]``: ``f`` the share of tokens choosing expert i (summed over choices), ``P`` its mean probability.
 
     Args:
-        counts: [num_experts] tokens per expert.
-        probabilities: [num_experts] summed softmax probabilities.
-        tokens: [] number of (layer, token) pairs; none at all gives 0.
+        counts: [..., num_experts] tokens per expert.
+        probabilities: [..., num_experts] summed softmax probabilities.
+        tokens: [...] number of (layer, token) pairs; none at all gives 0.
 
     Returns:
-        A scalar: ``top_k`` at perfect balance, ``M`` times the largest probability mass at collapse.
+        [...]: ``top_k`` at perfect balance, ``M`` times the largest probability mass at collapse.
     """
-    tokens = tokens.clamp(min=1)
-    return counts.shape[0] * ((counts / tokens) * (probabilities / tokens)).sum()
+    tokens = tokens.clamp(min=1)[..., None]
+    return counts.shape[-1] * ((counts / tokens) * (probabilities / tokens)).sum(dim=-1)
 
 
 def router_z_loss(squared_lse: Tensor, tokens: Tensor) -> Tensor:
-    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5); both arguments [...]."""
     return squared_lse / tokens.clamp(min=1)

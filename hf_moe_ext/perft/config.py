@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 VARIANTS = ("R", "E", "D", "S")
 ADAPTERS = ("lora", "parallel")
+SCOPES = ("batch", "sequence", "global")
 
 
 class PerftType(str, Enum):  # noqa: UP042 - PEFT's status reads the name off str(), which StrEnum shortens
@@ -47,6 +48,9 @@ class PerftConfig(PeftConfig):
             ``hf_moe_ext.host.families``), but never at ``top_k=1``, where it would cut the router's gradient.
         router_aux_loss_coef: R: weight of the adapter router's load-balance loss (default 0.01).
         router_z_loss_coef: R: weight of its z-loss (default 0).
+        router_aux_loss_scope: R: the tokens over which both are taken: "batch" (default; the micro-batch, all layers
+            pooled, as the paper does), "sequence" (each sequence and layer by itself; gradients do not depend on how
+            sequences are batched), "global" (each layer's load in the whole previous step, over all processes).
         init_weights: True: Kaiming-uniform A per expert, B zero (the adapter starts as a no-op); False: B random too
             (for tests); "paper": the authors' A ~ N(0, sqrt(2/r)), B ~ N(0, 1e-6).
         target_modules: names (or a regular expression) of ``experts`` modules; None: every MoE block.
@@ -74,6 +78,7 @@ class PerftConfig(PeftConfig):
     normalize_top_k: bool | None = None
     router_aux_loss_coef: float | None = None
     router_z_loss_coef: float | None = None
+    router_aux_loss_scope: Literal["batch", "sequence", "global"] | None = None
     init_weights: bool | Literal["paper"] = True
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -209,6 +214,12 @@ def _resolve_router(config: PerftConfig) -> None:
         value = default if value is None else value
         _check_number(name, value, float, "a number of at least 0", lambda v: v >= 0)
         setattr(config, name, value)
+    if config.router_aux_loss_scope is None:
+        config.router_aux_loss_scope = "batch"
+    if config.router_aux_loss_scope not in SCOPES:
+        raise ValueError(
+            f"PerftConfig: router_aux_loss_scope must be one of {', '.join(SCOPES)}; got {config.router_aux_loss_scope!r}"
+        )
     if config.num_experts == 1:
         warnings.warn(
             "PerftConfig: variant='R' with num_experts=1 gives the one adapter weight 1, so its router learns nothing; "
@@ -219,7 +230,7 @@ def _resolve_router(config: PerftConfig) -> None:
 
 def _refuse_router(config: PerftConfig) -> None:
     variant = config.variant
-    for name in ("top_k", "normalize_top_k", "router_aux_loss_coef", "router_z_loss_coef"):
+    for name in ("top_k", "normalize_top_k", "router_aux_loss_coef", "router_z_loss_coef", "router_aux_loss_scope"):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"PerftConfig: {name} belongs to the router of variant='R'; variant={variant!r} has none. "

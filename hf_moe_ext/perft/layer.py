@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import ExpertsSite
 from hf_moe_ext.ops.routed_adapter import routed_adapter
-from hf_moe_ext.ops.routing import choose_experts, expert_weights
+from hf_moe_ext.ops.routing import choose_experts, expert_weights, router_sums
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.state import PerftState
-from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, anchor_router, warn_no_weight
+from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord, anchor_router, warn_no_weight
 
 MERGE_REFUSAL = (
     "PERFT adapters cannot be merged: they add a routed term to the block's output that no base weight can hold; "
@@ -61,6 +61,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.perft_router = nn.ParameterDict()
         self.settings: dict[str, AdapterSettings] = {}
         self.state = state
+        self.record: RouterRecord | None = None
         self.site_name = site.name
         self.in_features = self.out_features = site.hidden_size
         self.base_num_experts = site.num_experts
@@ -82,6 +83,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.perft_B[name] = empty(num_experts, hidden_size, rank)
         if settings.variant == "R":
             self.perft_router[name] = empty(num_experts, hidden_size)
+            self.record = self.state.add_router(name, self.site_name, settings.coefficients)
         self.reset_parameters(name, init_weights)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters)
@@ -159,18 +161,23 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         if tape is None and self.training and torch.is_grad_enabled() and settings.coefficients:
             # Called past the model. The empty tape keeps the nodes that a recomputation in backward will make.
             warn_no_weight()
-            tape = ForwardTape(num_tokens=0, training=True)
+            tape = ForwardTape(training=True)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, router.dtype), torch.float32)
         # Autocast would run a float32 linear in bfloat16, where near ties of a small router flip.
         with torch.autocast(rows.device.type, enabled=False):
             logits = F.linear(rows.to(dtype), router.to(dtype))
             index = choose_experts(logits, settings.top_k)
             if tape is not None:
+                compiling = torch.compiler.is_compiling()
                 wanted = bool(settings.coefficients) or bool(self.state.recorders)
                 if wanted and tape is self.state.tape:  # once: not when gradient checkpointing recomputes the layer
-                    tape.add_router(name, self.site_name, logits, index, settings.coefficients)
-                if tape.training and settings.coefficients and not torch.compiler.is_compiling():
-                    logits = anchor_router(logits, index, tape, name)
+                    groups = tape.groups(settings.coefficients.scope, rows.shape[0])
+                    # Only the compiled path differentiates these sums; a graph left here in eager mode would be one
+                    # that gradient checkpointing does not see again.
+                    assert self.record is not None
+                    self.record.sums[name] = router_sums(logits if compiling else logits.detach(), index, groups)
+                if tape.training and settings.coefficients and not compiling:
+                    logits = anchor_router(logits, index, tape, name, self.site_name)
             return index, expert_weights(logits, index, settings.normalize)
 
     def _mixed_delta(self, tape: ForwardTape, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -251,7 +258,11 @@ def resolve_settings(
         dropout=config.lora_dropout,
         top_k=config.top_k or 0,
         normalize=normalize,
-        coefficients=RouterCoefficients(config.router_aux_loss_coef or 0.0, config.router_z_loss_coef or 0.0),
+        coefficients=RouterCoefficients(
+            config.router_aux_loss_coef or 0.0,
+            config.router_z_loss_coef or 0.0,
+            config.router_aux_loss_scope or "batch",
+        ),
     )
 
 

@@ -29,11 +29,11 @@ class RouterLoad:
         if self.training_only and not tape.training:
             return
         for key, sums in tape.sums.items():
-            sums = sums.detach()
+            sums = sums.detach().total()
             self._sums[key] = self._sums[key] + sums if key in self._sums else sums
         for adapter in tape.coefficients:
-            pooled = tape.pooled(adapter).detach()
-            values = torch.stack(
+            pooled = tape.pooled(adapter)
+            values = torch.cat(
                 [
                     load_balance_loss(pooled.counts, pooled.probabilities, pooled.tokens),
                     router_z_loss(pooled.squared_lse, pooled.tokens),
@@ -44,11 +44,14 @@ class RouterLoad:
 
     def fractions(self, adapter: str = "default") -> dict[str, list[float]]:
         """Experts module -> share of the routed choices each adapter expert got (sums to 1), in layer order."""
-        counts = {layer: _reduced(sums.counts) for (name, layer), sums in self._sums.items() if name == adapter}
+        counts = {layer: _reduced(sums.counts[0]) for (name, layer), sums in self._sums.items() if name == adapter}
         return {layer: (count / count.sum().clamp(min=1)).tolist() for layer, count in counts.items()}
 
     def losses(self, adapter: str = "default") -> dict[str, float]:
-        """Mean load-balance and z-loss per pass, unweighted; empty if the adapter has no router or nothing was seen."""
+        """Mean load-balance and z-loss per pass, unweighted and pooled over the pass whatever the adapter's scope.
+
+        Empty if the adapter has no router or nothing was seen.
+        """
         if adapter not in self._passes:
             return {}
         load_balance, z, passes = _reduced(self._passes[adapter]).tolist()

@@ -11,9 +11,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hf_moe_ext.host.families import loss_shifts_labels
-from hf_moe_ext.perft.tape import ForwardTape, anchor_loss
-
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+from hf_moe_ext.perft.batch import LossShare, is_packed, read_rows, read_sequences, share_of_log_probs, share_of_loss
+from hf_moe_ext.perft.step_load import StepWatch, add_load
+from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord, anchor_loss
 
 
 class PerftState:
@@ -24,6 +24,8 @@ class PerftState:
         backward_tape: the pass whose backward is under way.
         row_adapters: adapter names of a mixed batch, set for the duration of a call.
         recorders: called with each finished tape.
+        records: path of an experts module -> what its layer's routers did.
+        coefficients: adapter -> weights of its routers' auxiliary losses.
         fresh: adapters made from a file's configuration and not used yet; a load that fails takes them off again.
         site_names: path of every wrapped experts module.
     """
@@ -34,6 +36,9 @@ class PerftState:
         self.row_adapters: list[str] | None = None
         self.rows_per_name = 1
         self.recorders: list[Callable[[ForwardTape], None]] = []
+        self.records: dict[str, RouterRecord] = {}
+        self.coefficients: dict[str, RouterCoefficients] = {}
+        self._step_watch: StepWatch | None = None
         self.fresh: set[str] = set()
         # Weak: the model's hooks hold this object, and a strong reference back would outlive `del model`.
         self._model = weakref.ref(model)
@@ -49,10 +54,21 @@ class PerftState:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of the model must point to its own model.
-        return vars(self) | {"_model": self._model()}
+        return vars(self) | {"_model": self._model(), "_step_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"_model": weakref.ref(state["_model"])})
+        self._watch_steps()
+
+    def add_router(self, adapter: str, site_name: str, coefficients: RouterCoefficients) -> RouterRecord:
+        """The record of one layer's routers, into which that layer writes; known from now on with this adapter."""
+        self.coefficients[adapter] = coefficients
+        self._watch_steps()
+        return self.records.setdefault(site_name, RouterRecord())
+
+    def _watch_steps(self) -> None:
+        if self._step_watch is None and any(c.scope == "global" for c in self.coefficients.values()):
+            self._step_watch = StepWatch(self)
 
     def current_tape(self) -> ForwardTape | None:
         """The pass a layer's forward belongs to: the one under way, or the one being recomputed in backward."""
@@ -61,7 +77,7 @@ class PerftState:
         if torch._C._current_graph_task_id() == -1:  # as torch.utils.checkpoint asks: are we inside a backward?
             return None
         # A recomputation must build the same nodes as the first forward, also when no loss has passed by.
-        return self.backward_tape or ForwardTape(num_tokens=0, training=True)
+        return self.backward_tape or ForwardTape(training=True)
 
     def begin_backward(self, tape: ForwardTape) -> None:
         """From here to the end of this backward, a block that gradient checkpointing recomputes belongs to ``tape``."""
@@ -74,12 +90,16 @@ class PerftState:
     def _clear(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         """Also after a forward that raised: what it left behind must not reach the next one."""
         self.tape = None
+        for record in self.records.values():
+            record.sums.clear()
 
     def remove_hooks(self) -> None:
         """Give the model back as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        if self._step_watch is not None:
+            self._step_watch.remove()
+        self._handles, self._step_watch = [], None
 
     def detach(self, adapter: str) -> None:
         """Undo a half-made attachment: the adapter goes, and with the last one every wrapper and trace of it."""
@@ -136,29 +156,40 @@ class PerftState:
         if not (training or self.row_adapters or self.recorders):
             return
         inputs = self._named(args, kwargs)
-        rows = inputs.get("input_ids")
-        if rows is None:
-            rows = inputs.get("inputs_embeds")
-        if rows is None:  # a model of another kind: its first tensor carries the batch
-            rows = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
+        rows = read_rows(inputs)
         if rows is None:
             return
         self.tape = ForwardTape(
+            sequences=read_sequences(inputs, rows),
             num_tokens=rows.shape[0] * (rows.shape[1] if rows.ndim > 1 else 1),
-            mask=_token_mask(inputs.get("attention_mask"), rows.shape[1]) if rows.ndim > 1 else None,
             row_adapters=self._expand_rows(rows.shape[0], inputs),
             training=training,
         )
 
     def _finish(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         tape, self.tape = self.tape, None
-        if tape is None or not tape.sums:
+        if tape is None:
+            return None
+        self._collect(tape)
+        if not tape.sums:
             return None
         for recorder in self.recorders:
             recorder(tape)
         if not tape.training:
             return None
-        return _anchor_outputs(outputs, self._loss_share(self._named(args, kwargs)), self, tape)
+        return _anchor_outputs(outputs, self._named(args, kwargs), self, tape)
+
+    def _collect(self, tape: ForwardTape) -> None:
+        """Move what the layers have written to the tape, and count it towards the step where that is asked for."""
+        for layer, record in self.records.items():
+            for adapter, sums in record.sums.items():
+                coefficients = self.coefficients[adapter]
+                tape.sums[adapter, layer] = sums
+                tape.coefficients[adapter] = coefficients
+                if coefficients.scope == "global" and tape.training:
+                    add_load(record, adapter, sums)
+                    if adapter in record.last_load:
+                        tape.last_load[adapter, layer] = record.last_load[adapter]
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
@@ -167,9 +198,7 @@ class PerftState:
         names = self.row_adapters
         if names is None:
             return None
-        if any(inputs.get(key) is not None for key in _PACKED) or _restarts(
-            inputs.get("position_ids"), inputs.get("attention_mask")
-        ):
+        if is_packed(inputs):
             raise ValueError(
                 "adapter_names needs one sequence per row; this batch is padding-free (packed). Pad it, one row each"
             )
@@ -180,70 +209,40 @@ class PerftState:
             "respectively; give one name per row ('__base__' for none)"
         )
 
-    def _loss_share(self, inputs: dict[str, Any]) -> Tensor | float:
-        """This micro-batch's share of the loss tokens of the step, where the trainer has said how many those are."""
-        step_tokens, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
-        if step_tokens is None or labels is None:
-            return 1.0
-        if inputs.get("shift_labels") is not None:
-            labels = inputs["shift_labels"]
-        elif self._shifts_labels:
-            labels = labels[..., 1:]
-        # In float64, so that a float64 model is not held back by it; MPS has none.
-        dtype = torch.float32 if labels.device.type == "mps" else torch.float64
-        return labels.ne(-100).sum().to(dtype) / step_tokens
+    def share_of_loss(self, inputs: dict[str, Any], tape: ForwardTape) -> LossShare:
+        """With which weight each sequence of the pass enters the model's own loss."""
+        rows = read_rows(inputs)
+        assert rows is not None  # the tape was made from them
+        return share_of_loss(inputs, tape.sequences, rows.shape[0], self._shifts_labels)
 
 
-def _anchor_outputs(outputs: Any, share: Tensor | float, state: PerftState, tape: ForwardTape) -> Any:
+def _anchor_outputs(outputs: Any, inputs: dict[str, Any], state: PerftState, tape: ForwardTape) -> Any:
     """Attach the tape to whatever the trainer will differentiate: the loss, or TRL's log-probabilities."""
     if isinstance(outputs, tuple):
         if outputs and isinstance(outputs[0], Tensor) and outputs[0].ndim == 0:
-            return (_anchor(outputs[0], share, state, tape, "loss"), *outputs[1:])
+            return (_anchor(outputs[0], state.share_of_loss(inputs, tape), state, tape, "loss"), *outputs[1:])
         return None
     loss, log_probs = getattr(outputs, "loss", None), getattr(outputs, "log_probs", None)
     if isinstance(loss, Tensor):
-        outputs.loss = _anchor(loss, share, state, tape, "loss")
+        outputs.loss = _anchor(loss, state.share_of_loss(inputs, tape), state, tape, "loss")
     if isinstance(log_probs, Tensor):
-        # The trainer sums -log_probs over loss tokens, each with its weight: minus their summed gradient is the
-        # micro-batch's weight. Positions outside the loss are zeros there, yet receive a gradient.
-        counted = getattr(outputs, "label_mask", None)
-        counted = torch.ones_like(log_probs) if counted is None else counted.to(log_probs.dtype)
-        outputs.log_probs = _anchor(log_probs, -counted, state, tape, "log_probs")
+        share = share_of_log_probs(log_probs, getattr(outputs, "label_mask", None), tape.sequences)
+        outputs.log_probs = _anchor(log_probs, share, state, tape, "log_probs")
     return outputs
 
 
-def _anchor(value: Tensor, share: Tensor | float, state: PerftState, tape: ForwardTape, source: str) -> Tensor:
-    """``value`` unchanged, with the auxiliary gradient behind it; ``share`` turns its gradient into the tape's weight."""
+def _anchor(value: Tensor, share: LossShare, state: PerftState, tape: ForwardTape, source: str) -> Tensor:
+    """``value`` unchanged, with the auxiliary gradient behind it; ``share`` turns its gradient into the tape's weights."""
     if not value.requires_grad:
         return value
-    share = torch.as_tensor(share, device=value.device)
     compiled, eager = tape.by_mechanism()
     if compiled:
-        objective = tape.objective().to(value.device)
-        value = value + (share * (objective - objective.detach())).to(value.dtype)
+        value = share.attach(value, tape.objective().to(value.device))
     if eager:
         # A node in Python ends a compiled graph. Eager layers under a compiled model mean that it ended before.
         attach = torch.compiler.disable(anchor_loss) if torch.compiler.is_compiling() else anchor_loss
         value = attach(value, share, state, tape, source)
     return value
-
-
-def _token_mask(attention_mask: Any, tokens: int) -> Tensor | None:
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -tokens:].bool().reshape(-1)
-
-
-def _restarts(position_ids: Any, attention_mask: Any) -> bool:
-    """Whether a row holds several sequences: a real token at position 0 after another 0 and something else."""
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
-        return False
-    starts = position_ids == 0
-    if isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape:
-        starts = starts & attention_mask.bool()
-    started = starts.cumsum(dim=1) > 0
-    again = starts[:, 1:] & started[:, :-1] & ~starts[:, :-1]
-    return bool(again.any())
 
 
 def describe_key_mismatch(missing: list[str], extra: list[str]) -> str:

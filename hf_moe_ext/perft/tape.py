@@ -1,44 +1,73 @@
 """What one forward pass leaves behind for the router's auxiliary losses, and how their gradient reaches the router.
 
 The auxiliary gradient is injected by two autograd nodes that leave every value unchanged. One sits on the loss (or on
-TRL's ``log_probs``): its backward runs before any block's and reads off with which weight this micro-batch enters the
-step, so gradient accumulation, token averaging over processes, loss scaling and any factor the trainer applies are
-already in it. The other sits on each router's logits: its backward adds the auxiliary gradient times that weight. In a
-layer under ``torch.compile``, where a node cannot talk to Python, the sums keep their graph and ``objective -
-objective.detach()`` is added to the loss instead; a model compiled in parts may do both. (Compiling with gradient
-checkpointing, the record inside a checkpointed layer breaks the graph there unless
+TRL's ``log_probs``): its backward runs before any block's and reads off with which weight each sequence of this
+micro-batch enters the step, so gradient accumulation, token averaging over processes, loss scaling and any factor the
+trainer applies are already in it. The other sits on each router's logits: its backward adds the auxiliary gradient times
+those weights. In a layer under ``torch.compile``, where a node cannot talk to Python, the sums keep their graph and
+``objective - objective.detach()`` is added to the loss instead; a model compiled in parts may do both. (Compiling with
+gradient checkpointing, the record inside a checkpointed layer breaks the graph there unless
 ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`` is set; the gradient is right either way.)
 
-The load-balance loss pools all layers, and its load factors are only known when the forward is over; they are constants
-of the gradient, so each layer's share is computed in its own backward, also when gradient checkpointing recomputes it.
+The load factors of the "batch" scope pool all layers and are only known when the forward is over; load factors are
+constants of the gradient in every scope, so each layer's share is computed in its own backward, also when gradient
+checkpointing recomputes it.
 """
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_moe_ext.ops.routing import RouterSums, load_balance_loss, router_sums, router_z_loss
+from hf_moe_ext.ops.routing import RouterSums, TokenGroups, load_balance_loss, router_sums, router_z_loss
+from hf_moe_ext.perft.batch import LossShare
+
+Scope = Literal["batch", "sequence", "global"]
 
 
 @dataclass(frozen=True)
 class RouterCoefficients:
-    """Weights of the auxiliary losses of one adapter's routers."""
+    """Weights of the auxiliary losses of one adapter's routers, and over which tokens their load is taken.
+
+    Scopes:
+        "batch": all tokens of the micro-batch and all layers pooled, as the paper's code does.
+        "sequence": each sequence and each layer by itself, then averaged; whatever the batches, the same gradient.
+        "global": the load of each layer in the whole previous step; linear in the tokens, so also independent of batches.
+    """
 
     load_balance: float = 0.0
     z: float = 0.0
+    scope: Scope = "batch"
 
     def __bool__(self) -> bool:
         return self.load_balance != 0 or self.z != 0
 
-    def objective(self, pooled: RouterSums, local: RouterSums | None = None) -> Tensor:
-        """The weighted auxiliary loss; with ``local``, the part of it that one layer's probabilities contribute."""
-        part = pooled if local is None else local
-        return self.load_balance * load_balance_loss(
-            pooled.counts.to(part.counts.device), part.probabilities, pooled.tokens.to(part.tokens.device)
-        ) + self.z * router_z_loss(part.squared_lse, pooled.tokens.to(part.tokens.device))
+    def objective(self, counts: Tensor, sums: RouterSums, tokens: Tensor) -> Tensor:
+        """[groups] the weighted auxiliary loss of these probabilities under the load ``counts / tokens``."""
+        counts, tokens = counts.to(sums.probabilities.device), tokens.to(sums.probabilities.device)
+        return self.load_balance * load_balance_loss(counts, sums.probabilities, tokens) + self.z * router_z_loss(
+            sums.squared_lse, tokens
+        )
+
+
+@dataclass
+class RouterRecord:
+    """What the routers of one layer did in the pass under way, and their load in the step before; by adapter name.
+
+    A layer writes into its own record only: under ``torch.compile`` one that all layers share would be a guard that
+    every layer fails anew.
+
+    Attributes:
+        sums: of the pass under way.
+        load: [num_experts + 1] tokens per expert, then tokens, summed over the step under way ("global" only).
+        last_load: [num_experts] share of the tokens per expert in the step before ("global" only).
+    """
+
+    sums: dict[str, RouterSums] = field(default_factory=dict)
+    load: dict[str, Tensor] = field(default_factory=dict)
+    last_load: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,72 +75,78 @@ class ForwardTape:
     """One forward pass: which tokens count, what each router did, and with which weight the pass enters the step.
 
     Attributes:
-        num_tokens: rows times length of the model's input.
-        mask: [batch * tokens] True where a token is not padding; None when all count.
+        sequences: the sequences of the model's input and which of its tokens count.
+        num_tokens: rows times length of the input.
         row_adapters: adapter name per row (mixed batches), else None.
         training: auxiliary gradients are wanted.
-        sums: (adapter, layer) -> that router's sums.
+        sums: (adapter, layer) -> that router's sums, known when the forward is over.
+        last_load: (adapter, layer) -> its load in the step before, for the scope "global".
         coefficients: adapter -> its weights.
-        weights: source of the loss -> gradient-weight of this micro-batch, known once backward has begun.
+        weights: source of the loss -> [sequences] gradient-weight of each, known once backward has begun.
     """
 
-    num_tokens: int
-    mask: Tensor | None = None
+    sequences: TokenGroups = TokenGroups()  # noqa: RUF009 - immutable
+    num_tokens: int = 0
     row_adapters: list[str] | None = None
     training: bool = False
     sums: dict[tuple[str, str], RouterSums] = field(default_factory=dict)
+    last_load: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     coefficients: dict[str, RouterCoefficients] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     _pooled: dict[str, RouterSums] = field(default_factory=dict)
 
     def pooled(self, adapter: str) -> RouterSums:
-        """The adapter's sums over all layers; every layer's backward asks for them."""
+        """The adapter's sums over all layers and groups, as one group; every layer's backward asks for them."""
         if adapter not in self._pooled:
-            parts = [sums for (name, _), sums in self.sums.items() if name == adapter]
-            total = parts[0]
+            parts = self._parts(adapter)
+            total = parts[0].total()
             for part in parts[1:]:
-                total = total + part
-            self._pooled[adapter] = total
+                total = total + part.total()
+            self._pooled[adapter] = total.detach()
         return self._pooled[adapter]
 
-    def token_mask(self, logits: Tensor) -> Tensor | None:
-        """[tokens] True where a token counts; None counts all, which is all we can do where experts see a part of them."""
-        if self.mask is None:
-            return None
-        if self.mask.shape[0] != logits.shape[0]:
+    def _parts(self, adapter: str) -> list[RouterSums]:
+        return [sums for (name, _), sums in self.sums.items() if name == adapter]
+
+    def groups(self, scope: Scope, rows: int) -> TokenGroups:
+        """The token groups of a scope, for a router that sees this many rows."""
+        sequences = self.sequences
+        if rows != self.num_tokens:
             warnings.warn(
-                "PERFT: the experts of this model receive other tokens than its input has, so the auxiliary loss cannot "
-                "leave out padding; it counts every token that was routed",
+                "PERFT: the experts of this model receive other tokens than its input has, so the auxiliary loss can "
+                "neither leave out padding nor tell sequences apart; it counts every token that was routed",
                 stacklevel=2,
             )
-            return None
-        return self.mask.to(logits.device)
+            return TokenGroups()
+        return TokenGroups(1, sequences.mask) if scope == "batch" else sequences
 
-    def add_router(
-        self, adapter: str, layer: str, logits: Tensor, index: Tensor, coefficients: RouterCoefficients
-    ) -> None:
-        """Record what one layer's router did in this pass."""
-        mask = self.token_mask(logits)
-        if not torch.compiler.is_compiling():
-            # Only the compiled path differentiates these sums; a graph left here would also be one that gradient
-            # checkpointing does not see again.
-            logits = logits.detach()
-        self.sums[adapter, layer] = router_sums(logits, index, mask)
-        self.coefficients[adapter] = coefficients
-        self._pooled.pop(adapter, None)
-
-    def router_gradient(self, adapter: str, logits: Tensor, index: Tensor) -> Tensor | None:
+    def router_gradient(self, adapter: str, layer: str, logits: Tensor, index: Tensor) -> Tensor | None:
         """Auxiliary gradient [tokens, num_experts] of one layer's logits; None where no loss has passed by."""
         if not self.weights:
             warn_no_weight()
             return None
-        mask = self.token_mask(logits)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
-            objective = self.coefficients[adapter].objective(self.pooled(adapter), router_sums(leaf, index, mask))
-            (gradient,) = torch.autograd.grad(objective, leaf)
-        weight = torch.stack([w.to(gradient.device) for w in self.weights.values()]).sum()
-        return gradient * weight.to(gradient.dtype)
+            sums = router_sums(leaf, index, self.groups(self.coefficients[adapter].scope, logits.shape[0]))
+            objective = self.layer_objective(adapter, layer, sums)
+            weights = torch.stack([w.to(leaf.device) for w in self.weights.values()]).sum(dim=0)
+            if objective.shape != weights.shape:
+                weights = weights.sum(dim=0, keepdim=True)
+            (gradient,) = torch.autograd.grad(objective, leaf, weights.to(objective.dtype))
+        return gradient
+
+    def layer_objective(self, adapter: str, layer: str, sums: RouterSums) -> Tensor:
+        """[groups] what one layer's probabilities contribute to the weighted auxiliary loss; layers add up to it."""
+        coefficients = self.coefficients[adapter]
+        if coefficients.scope == "batch":
+            pooled = self.pooled(adapter)
+            return coefficients.objective(pooled.counts, sums, pooled.tokens)
+        counts = sums.counts
+        if coefficients.scope == "global":
+            load = self.last_load.get((adapter, layer))
+            # Before the first step every expert counts as loaded alike, which asks for nothing.
+            counts = sums.tokens[:, None] * (1.0 / counts.shape[1] if load is None else load.to(counts))
+        return coefficients.objective(counts, sums, sums.tokens) / len(self._parts(adapter))
 
     def by_mechanism(self) -> tuple[bool, bool]:
         """Whether some routers of this pass carry their gradient in their sums (compiled), and some in nodes (eager)."""
@@ -120,56 +155,58 @@ class ForwardTape:
         return any(carried), not all(carried)
 
     def objective(self) -> Tensor:
-        """The weighted auxiliary loss of all adapters in this pass."""
-        terms = [coefficients.objective(self.pooled(adapter)) for adapter, coefficients in self.coefficients.items()]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        """[sequences] the weighted auxiliary loss of all adapters in this pass; the same for all in the scope "batch"."""
+        total: Tensor | None = None
+        for (adapter, layer), sums in self.sums.items():
+            term = self.layer_objective(adapter, layer, sums)
+            total = term if total is None else total + term.to(total.device)
+        assert total is not None  # asked for by a pass that has sums
+        return total.expand(self.sequences.num_groups)
 
 
 class _RouterAnchor(torch.autograd.Function):
     """Identity on a router's logits; backward adds the auxiliary gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor, tape: ForwardTape, adapter: str) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, index: Tensor, tape: ForwardTape, adapter: str, layer: str) -> Tensor:
         ctx.save_for_backward(logits, index)
-        ctx.tape, ctx.adapter = tape, adapter
+        ctx.tape, ctx.adapter, ctx.layer = tape, adapter, layer
         return logits.view_as(logits)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        auxiliary = ctx.tape.router_gradient(ctx.adapter, *ctx.saved_tensors)
+        auxiliary = ctx.tape.router_gradient(ctx.adapter, ctx.layer, *ctx.saved_tensors)
         gradient = gradients[0]
-        return gradient if auxiliary is None else gradient + auxiliary, None, None, None
+        return gradient if auxiliary is None else gradient + auxiliary, None, None, None, None
 
 
 class _LossAnchor(torch.autograd.Function):
     """Identity on the loss; backward tells the tape with which weight the micro-batch enters the step."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, share: Tensor, owner: Any, tape: ForwardTape, source: str) -> Tensor:
-        ctx.save_for_backward(share)
-        ctx.owner, ctx.tape, ctx.source = owner, tape, source
+    def forward(ctx: Any, value: Tensor, share: LossShare, owner: Any, tape: ForwardTape, source: str) -> Tensor:
+        ctx.share, ctx.owner, ctx.tape, ctx.source = share, owner, tape, source
         return value.clone()  # not a view: the Trainer multiplies the loss in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (share,) = ctx.saved_tensors
-        ctx.tape.weights[ctx.source] = (gradients[0] * share).sum().detach()
+        ctx.tape.weights[ctx.source] = ctx.share.weights(gradients[0].detach())
         # A block that gradient checkpointing recomputes now belongs to this pass.
         ctx.owner.begin_backward(ctx.tape)
         return gradients[0], None, None, None, None
 
 
-def anchor_router(logits: Tensor, index: Tensor, tape: ForwardTape, adapter: str) -> Tensor:
+def anchor_router(logits: Tensor, index: Tensor, tape: ForwardTape, adapter: str, layer: str) -> Tensor:
     """Let the auxiliary gradient of ``tape`` reach these logits [tokens, num_experts]."""
-    return _RouterAnchor.apply(logits, index, tape, adapter)
+    return _RouterAnchor.apply(logits, index, tape, adapter, layer)
 
 
-def anchor_loss(value: Tensor, share: Tensor, owner: Any, tape: ForwardTape, source: str) -> Tensor:
-    """Let ``tape`` learn its weight from the gradient of ``value``.
+def anchor_loss(value: Tensor, share: LossShare, owner: Any, tape: ForwardTape, source: str) -> Tensor:
+    """Let ``tape`` learn its weights from the gradient of ``value``.
 
     Args:
         value: the loss [] or the log-probabilities [batch, tokens].
-        share: what turns the gradient of ``value`` into the weight by multiplying and summing.
+        share: what turns the gradient of ``value`` into the weight of each sequence.
         owner: told when the backward begins, by ``begin_backward``.
         tape: the pass.
         source: name of the value, so that a second backward replaces its own weight only.

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_moe_ext.ops.routing import choose_experts, expert_weights, load_balance_loss, router_sums, router_z_loss
+from hf_moe_ext.ops.routing import (
+    TokenGroups,
+    choose_experts,
+    expert_weights,
+    load_balance_loss,
+    router_sums,
+    router_z_loss,
+)
 from support import naive
 
 
@@ -42,7 +49,7 @@ def test_losses_equal_the_loops(masked):
     total, probs, indices, all_logits = None, [], [], []
     for h, router in zip(hidden, routers, strict=True):
         logits, index, _ = _route(h, router, 2, False)
-        sums = router_sums(logits, index, mask)
+        sums = router_sums(logits, index, TokenGroups(1, mask))
         total = sums if total is None else total + sums
         p, i, _ = naive.route(h, router, 2, False)
         probs.append(p)
@@ -72,6 +79,8 @@ def test_load_balance_loss_is_top_k_at_balance(top_k):
 
 
 def test_a_batch_of_padding_alone_costs_nothing():
-    sums = router_sums(torch.randn(3, 4), torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, dtype=torch.bool))
+    sums = router_sums(
+        torch.randn(3, 4), torch.zeros(3, 2, dtype=torch.long), TokenGroups(1, torch.zeros(3, dtype=torch.bool))
+    )
     assert load_balance_loss(sums.counts, sums.probabilities, sums.tokens).item() == 0
     assert router_z_loss(sums.squared_lse, sums.tokens).item() == 0
