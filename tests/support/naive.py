@@ -161,6 +161,60 @@ def load_balance_loss(probs_per_layer: Sequence[Tensor], index_per_layer: Sequen
     return loss
 
 
+def scoped_auxiliary(
+    routed: Sequence[tuple[Tensor, Tensor, Tensor]],
+    sequences: Sequence[int],
+    scope: str,
+    load_balance: float,
+    z: float,
+    last_load: Sequence[Sequence[float]] | None = None,
+) -> list[Tensor]:
+    """The weighted auxiliary loss of each sequence of one batch.
+
+    "batch": what all tokens and layers make together, the same for every sequence. "sequence": each sequence in each
+    layer by itself, the mean over layers. "global": the same with the load of a step before in place of the sequence's.
+
+    Args:
+        routed: For each layer, probabilities [tokens, M], chosen [tokens, N], logits [tokens, M].
+        sequences: For each token, the number of its sequence, or -1 for padding.
+        scope: "batch", "sequence" or "global".
+        load_balance: Weight of the load-balance loss.
+        z: Weight of the z-loss.
+        last_load: For each layer, the share of tokens that chose each expert; None: 1/M each.
+    """
+    values = []
+    for sequence in range(max(sequences) + 1):
+        if scope == "batch":
+            everything = torch.tensor([s >= 0 for s in sequences])
+            probs, index, logits = (list(part) for part in zip(*routed, strict=True))
+            value = load_balance * load_balance_loss(probs, index, everything) + z * router_z_loss(logits, everything)
+            values.append(value)
+            continue
+        inside = torch.tensor([s == sequence for s in sequences])
+        value = torch.zeros((), dtype=torch.float64)
+        for layer, (probs, index, logits) in enumerate(routed):
+            num_experts = probs.shape[1]
+            if scope == "sequence":
+                balance = load_balance_loss([probs], [index], inside)
+            else:
+                load = [1 / num_experts] * num_experts if last_load is None else last_load[layer]
+                balance = torch.zeros((), dtype=torch.float64)
+                for i in range(num_experts):
+                    balance = balance + num_experts * load[i] * probs[inside, i].double().mean()
+            value = value + (load_balance * balance + z * router_z_loss([logits], inside)) / len(routed)
+        values.append(value)
+    return values
+
+
+def shares_of_experts(index: Tensor, counted: Sequence[bool], num_experts: int) -> list[float]:
+    """Tokens that chose each expert, divided by the number of counted tokens; sums to N."""
+    chosen = [0] * num_experts
+    for token, counts in enumerate(counted):
+        for i in index[token].tolist() if counts else ():
+            chosen[i] += 1
+    return [count / sum(counted) for count in chosen]
+
+
 def router_z_loss(logits_per_layer: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Mean of `logsumexp(logits)^2` over the (layer, token) pairs that count.
 

@@ -15,8 +15,11 @@ COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
 
 def perft_r(family="olmoe", dtype=torch.float64, **arguments):
     """A tiny model with a randomly initialised PERFT-R adapter, in training mode."""
+    layers = {key: arguments.pop(key) for key in ("num_hidden_layers",) if key in arguments}
     config = {"variant": "R", "r": 4, "num_experts": 4, "top_k": 2, "init_weights": False, **COEFFICIENTS} | arguments
-    base = zoo.build(family, dtype=dtype)
+    base = zoo.build(family, dtype=dtype, **layers)
+    if dtype == torch.float64:
+        base.loss_function = exact_cross_entropy
     torch.manual_seed(1)
     return get_peft_model(base, PerftConfig(task_type="CAUSAL_LM", **config)).train()
 
@@ -34,8 +37,8 @@ def gradients(model, loss):
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-def explicit_auxiliary(model, inputs):
-    """(cross-entropy, auxiliary loss by the loops) with ordinary autograd: no tape, the definition written out."""
+def observe(model, inputs):
+    """(the model's loss without the tape, per layer the loops' probabilities, choices and logits), ordinary autograd."""
     layers = [m for m in model.modules() if isinstance(m, PerftLayer)]
     seen = []
     hooks = [layer.register_forward_pre_hook(lambda m, args: seen.append((m, args[0]))) for layer in layers]
@@ -43,24 +46,63 @@ def explicit_auxiliary(model, inputs):
     for layer, settings in saved:
         layer.settings["default"] = dataclasses.replace(settings, coefficients=RouterCoefficients())
     try:
-        cross_entropy = model(**inputs).loss
+        loss = model(**inputs).loss
     finally:
         for hook in hooks:
             hook.remove()
         for layer, settings in saved:
             layer.settings["default"] = settings
-    mask = inputs["attention_mask"].bool().flatten()
-    probs, indices, logits = [], [], []
+    routed = []
     for layer, hidden in seen:
         router, settings = layer.perft_router["default"], layer.settings["default"]
         rows = hidden.reshape(-1, hidden.shape[-1])
-        p, index, _ = naive.route(rows, router, settings.top_k, settings.normalize)
-        probs.append(p)
-        indices.append(torch.as_tensor(index))
-        logits.append(rows.double() @ router.double().T)
-    coefficients = saved[0][1].coefficients
-    auxiliary = coefficients.load_balance * naive.load_balance_loss(probs, indices, mask)
-    return cross_entropy, auxiliary + coefficients.z * naive.router_z_loss(logits, mask)
+        probabilities, index, _ = naive.route(rows, router, settings.top_k, settings.normalize)
+        routed.append((probabilities, torch.as_tensor(index), rows.double() @ router.double().T))
+    return loss, routed
+
+
+def explicit_auxiliary(model, inputs):
+    """(cross-entropy, auxiliary loss of the scope "batch" by the loops): no tape, the definition written out."""
+    cross_entropy, routed = observe(model, inputs)
+    coefficients = _coefficients(model)
+    mask = inputs["attention_mask"].flatten().tolist()
+    sequences = [0 if counts else -1 for counts in mask]
+    return cross_entropy, naive.scoped_auxiliary(routed, sequences, "batch", coefficients.load_balance, coefficients.z)[
+        0
+    ]
+
+
+def sequences_of(inputs):
+    """For each token the number of its row, or -1 for padding."""
+    return [row if counts else -1 for row, line in enumerate(inputs["attention_mask"].tolist()) for counts in line]
+
+
+def explicit_objective(model, inputs, step_tokens, last_load=None):
+    """(what the step's loss gains by this micro-batch, the choices per layer): every sequence weighs with its loss tokens."""
+    cross_entropy, routed = observe(model, inputs | {"num_items_in_batch": torch.tensor(step_tokens)})
+    coefficients = _coefficients(model)
+    values = naive.scoped_auxiliary(
+        routed, sequences_of(inputs), coefficients.scope, coefficients.load_balance, coefficients.z, last_load
+    )
+    objective = cross_entropy
+    for value, labels in zip(values, inputs["labels"], strict=True):
+        objective = objective + value * int(labels[1:].ne(-100).sum()) / step_tokens
+    return objective, [index for _, index, _ in routed]
+
+
+def loss_tokens(inputs):
+    return int(inputs["labels"][:, 1:].ne(-100).sum())
+
+
+def _coefficients(model):
+    return next(m for m in model.modules() if isinstance(m, PerftLayer)).settings["default"].coefficients
+
+
+def exact_cross_entropy(logits, labels, vocab_size=None, num_items_in_batch=None, **_):
+    """The causal loss of Transformers without its cast to float32, for comparisons to 1e-10."""
+    targets = labels[:, 1:].reshape(-1)
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum")
+    return nats / (targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def assert_equal_gradients(ours, theirs, atol=1e-10):
