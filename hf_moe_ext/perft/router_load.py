@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_moe_ext.ops.routing import RouterSums, load_balance_loss, router_z_loss
 from hf_moe_ext.perft.model import find_state
+from hf_moe_ext.perft.step_load import sum_over_processes
 from hf_moe_ext.perft.tape import ForwardTape
 
 
@@ -44,7 +43,9 @@ class RouterLoad:
 
     def fractions(self, adapter: str = "default") -> dict[str, list[float]]:
         """Experts module -> share of the routed choices each adapter expert got (sums to 1), in layer order."""
-        counts = {layer: _reduced(sums.counts[0]) for (name, layer), sums in self._sums.items() if name == adapter}
+        counts = {
+            layer: sum_over_processes(sums.counts[0]) for (name, layer), sums in self._sums.items() if name == adapter
+        }
         return {layer: (count / count.sum().clamp(min=1)).tolist() for layer, count in counts.items()}
 
     def losses(self, adapter: str = "default") -> dict[str, float]:
@@ -54,7 +55,7 @@ class RouterLoad:
         """
         if adapter not in self._passes:
             return {}
-        load_balance, z, passes = _reduced(self._passes[adapter]).tolist()
+        load_balance, z, passes = sum_over_processes(self._passes[adapter]).tolist()
         return {"router_aux_loss": load_balance / passes, "router_z_loss": z / passes}
 
     def adapters(self) -> list[str]:
@@ -134,8 +135,3 @@ def _entropy(share: list[float]) -> float:
     if len(share) == 1:
         return 1.0
     return -sum(p * math.log(p) for p in share if p > 0) / math.log(len(share))
-
-
-def _reduced(value: Tensor) -> Tensor:
-    """Summed over processes."""
-    return reduce(value.clone(), "sum") if PartialState().num_processes > 1 else value

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
+from torch import Tensor, distributed
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_moe_ext.ops.routing import RouterSums
@@ -31,11 +30,20 @@ def close_step(records: Mapping[str, RouterRecord]) -> None:
         return  # an optimizer of another model, or the second part of a sharded optimizer's step
     loads = [record.load[adapter] for record, adapter in held]
     counts = torch.cat([load.to(loads[0].device) for load in loads])  # one collective for all layers
-    if PartialState().num_processes > 1:
-        counts = reduce(counts, "sum")
+    counts = sum_over_processes(counts)
     for (record, adapter), load, total in zip(held, loads, counts.split([len(load) for load in loads]), strict=True):
         record.last_load[adapter] = (total[:-1] / total[-1].clamp(min=1)).to(load.device)
         record.load.pop(adapter)
+
+
+def sum_over_processes(counts: Tensor) -> Tensor:
+    """The sum over all processes; the tensor itself where there is one."""
+    # Not accelerate's reduce: its state is blind to a process group that somebody else has opened.
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return counts
+    counts = counts.clone()
+    distributed.all_reduce(counts)
+    return counts
 
 
 class StepWatch:

@@ -1,15 +1,13 @@
 """The auxiliary loss through the trainers people use: the plain Trainer and TRL's SFTTrainer."""
 
-from typing import Any
-
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_moe_ext import RouterLoadCallback
-from support import zoo
-from support.perft import assert_equal_gradients, batch, explicit_auxiliary, perft_r, trainable
+from support.perft import assert_equal_gradients, batch, explicit_objective, gradients, loss_tokens, perft_r
+from support.trainers import KeepGradients, arguments, build_trainer, collate, rows
 
 pytestmark = pytest.mark.filterwarnings(
     # The Trainer asks PyTorch to pin memory for a GPU that is not there.
@@ -17,103 +15,19 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class KeepGradients(TrainerCallback):
-    """The gradients of the first optimizer step, before clipping has a chance."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[str, torch.Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def arguments(folder, **changes) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 3,
-        "max_grad_norm": 0.0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "seed": 0,
-        "dataloader_pin_memory": False,
-    } | changes
-
-
-def rows(count=6):
-    """Sequences of very different lengths, so that micro-batches have uneven numbers of loss tokens."""
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, zoo.VOCAB_SIZE, (4 + 5 * (i % 3),), generator=generator).tolist() for i in range(count)]
-
-
-def collate(features):
-    ids = [torch.tensor(f["input_ids"]) for f in features]
-    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=zoo.PAD_ID)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
-    return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}
-
-
-def expected_gradients(model, micro_batches):
-    """Sum over micro-batches of (cross-entropy sum + auxiliary loss * its tokens) / tokens of the step."""
-    total = sum(int(b["labels"][:, 1:].ne(-100).sum()) for b in micro_batches)
-    model.train()
-    loss: Any = 0
-    for inputs in micro_batches:
-        cross_entropy, auxiliary = explicit_auxiliary(model, inputs | {"num_items_in_batch": torch.tensor(total)})
-        loss = loss + cross_entropy + auxiliary * int(inputs["labels"][:, 1:].ne(-100).sum()) / total
-    parameters = trainable(model)
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-
-
-def test_trainer_with_uneven_accumulation(tmp_path):
-    """The reference is in float64; the Trainer's cross-entropy is float32, hence 1e-7 here."""
-    model, keep, data = perft_r(), KeepGradients(), rows()
-    expected = expected_gradients(model, [collate([{"input_ids": r} for r in data[i : i + 2]]) for i in range(0, 6, 2)])
-    trainer = Trainer(
-        model,
-        TrainingArguments(**arguments(tmp_path, train_sampling_strategy="sequential")),
-        train_dataset=Dataset.from_dict({"input_ids": data}),
-        data_collator=collate,
-        callbacks=[keep],
-    )
-    trainer.train()
-    assert_equal_gradients(keep.gradients, expected, atol=1e-7)
-
-
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16 sets it itself
-def test_sft_trainer_with_uneven_accumulation(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl comes with the test extra, which is not installed")
-    model, keep, data = perft_r(), KeepGradients(), rows()
-    expected = expected_gradients(model, [collate([{"input_ids": r} for r in data[i : i + 2]]) for i in range(0, 6, 2)])
-    settings = arguments(tmp_path, train_sampling_strategy="sequential", bf16=False)
-    trainer = trl.SFTTrainer(
-        model,
-        trl.SFTConfig(
-            **settings, router_aux_loss_coef=0.0, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-        ),
-        train_dataset=Dataset.from_dict({"input_ids": data, "labels": data}),
-        data_collator=collate,
-        processing_class=tokenizer(),
-        callbacks=[keep],
-    )
-    trainer.train()
-    assert_equal_gradients(keep.gradients, expected, atol=1e-7)
-
-
-def tokenizer():
-    """A tokenizer SFTTrainer can hold; the data is tokenised already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.WordLevel({f"t{i}": i for i in range(zoo.VOCAB_SIZE)}, unk_token="t3"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="t0", bos_token="t1", eos_token="t2", unk_token="t3"
-    )
+@pytest.mark.parametrize("scope", ["batch", "sequence", "global"])
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_uneven_accumulation(kind, scope, accumulation, tmp_path):
+    """The gradient of a step is that of the definition over all its micro-batches. TRL's log-probabilities are float32."""
+    model, keep, data = perft_r(router_aux_loss_scope=scope), KeepGradients(), rows(2 * accumulation)
+    batches = [collate([{"input_ids": r} for r in data[i : i + 2]]) for i in range(0, len(data), 2)]
+    total = sum(map(loss_tokens, batches))
+    expected = gradients(model, sum(explicit_objective(model, inputs, total)[0] for inputs in batches))
+    settings = arguments(tmp_path, train_sampling_strategy="sequential", gradient_accumulation_steps=accumulation)
+    build_trainer(kind, model, settings, data, [keep]).train()
+    assert_equal_gradients(keep.steps[0], expected, atol=1e-10 if kind == "Trainer" else 1e-7)
 
 
 def test_label_smoothing_says_that_the_auxiliary_loss_is_not_applied(tmp_path):
