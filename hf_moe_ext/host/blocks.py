@@ -35,6 +35,47 @@ class ExpertsSite:
     weights_name: str
 
 
+@dataclass(frozen=True)
+class RouterSite:
+    """The router beside a block's experts.
+
+    Attributes:
+        name: module path, as in ``named_modules`` of the unwrapped model.
+        weight_name: path of its weight [num_experts, hidden] inside the module.
+        bias_name: path of a bias [num_experts] beside that weight; None without one.
+        num_experts: rows of the weight.
+        hidden_size: columns of the weight: the width the router reads.
+    """
+
+    name: str
+    weight_name: str
+    bias_name: str | None
+    num_experts: int
+    hidden_size: int
+
+
+def find_router(model: nn.Module, site: ExpertsSite) -> RouterSite | None:
+    """The router of a block, by structure: beside the experts, with one weight row for each of them."""
+    block_name = site.name.rpartition(".")[0]
+    block = model.get_submodule(block_name)
+    children = dict(block.named_children())
+    for child in ("gate", "router", *children):
+        module = children.get(child)
+        while module is not None and hasattr(module, "base_layer"):
+            module = module.base_layer  # type: ignore[assignment]
+        if module is None or child == site.name.rpartition(".")[2]:
+            continue
+        parameters = dict(module.named_parameters())
+        weights = [n for n, p in parameters.items() if p.ndim == 2 and p.shape[0] == site.num_experts]
+        if len(weights) == 1:
+            bias = weights[0].removesuffix("weight") + "bias"
+            rows, width = parameters[weights[0]].shape
+            return RouterSite(
+                f"{block_name}.{child}".lstrip("."), weights[0], bias if bias in parameters else None, rows, width
+            )
+    return None
+
+
 def routing_arguments(module: nn.Module) -> tuple[str, str] | None:
     """Names of the index and weights arguments of an experts module; None if it is not called that way."""
     if isinstance(module, nn.ModuleDict | nn.ModuleList):

@@ -8,6 +8,7 @@ masked. Its value at perfect balance is ``top_k``, not 1.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -124,3 +125,46 @@ def load_balance_loss(counts: Tensor, probabilities: Tensor, tokens: Tensor) -> 
 def router_z_loss(squared_lse: Tensor, tokens: Tensor) -> Tensor:
     """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5); both arguments [...]."""
     return squared_lse / tokens.clamp(min=1)
+
+
+class DriftSums(NamedTuple):
+    """How far a tuned router has moved from the one it started as, summed over counted tokens.
+
+    Attributes:
+        divergence: [groups] Kullback-Leibler divergence of the tuned router's probabilities from the old ones, nats.
+        before: [num_experts] old probabilities.
+        after: [num_experts] tuned probabilities.
+        tokens: [groups] number of counted tokens.
+    """
+
+    divergence: Tensor
+    before: Tensor
+    after: Tensor
+    tokens: Tensor
+
+    def __add__(self, other: "DriftSums") -> "DriftSums":  # type: ignore[override]
+        return DriftSums(*(a + b.to(a.device) for a, b in zip(self, other, strict=True)))
+
+    def detach(self) -> "DriftSums":
+        return DriftSums(*(value.detach() for value in self))
+
+
+def drift_sums(
+    hidden: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None = None, groups: TokenGroups = TokenGroups()  # noqa: B008
+) -> DriftSums:
+    """Compare the softmax over all experts of a router with that of the same router plus ``delta``.
+
+    Args:
+        hidden: [tokens, hidden] what the router reads.
+        weight: [num_experts, hidden] the old weight.
+        delta: [num_experts, hidden] what was added to it.
+        bias: [num_experts] of both.
+        groups: which tokens count and which belong together.
+    """
+    logits = F.linear(hidden, weight, bias)
+    old, new = logits.log_softmax(dim=-1), (logits + F.linear(hidden, delta)).log_softmax(dim=-1)
+    everything = TokenGroups(1, groups.mask)
+    with torch.no_grad():
+        before, after = everything.sum(old.exp())[0], everything.sum(new.exp())[0]
+        tokens = groups.sum(torch.ones_like(logits[:, 0]))
+    return DriftSums(groups.sum((old.exp() * (old - new)).sum(dim=-1)), before, after, tokens)

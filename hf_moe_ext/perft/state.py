@@ -92,6 +92,7 @@ class PerftState:
         self.tape = None
         for record in self.records.values():
             record.sums.clear()
+            record.drift.clear()
 
     def remove_hooks(self) -> None:
         """Give the model back as it was."""
@@ -171,7 +172,7 @@ class PerftState:
         if tape is None:
             return None
         self._collect(tape)
-        if not tape.sums:
+        if not (tape.sums or tape.drift):
             return None
         for recorder in self.recorders:
             recorder(tape)
@@ -182,6 +183,9 @@ class PerftState:
     def _collect(self, tape: ForwardTape) -> None:
         """Move what the layers have written to the tape, and count it towards the step where that is asked for."""
         for layer, record in self.records.items():
+            for adapter, drift in record.drift.items():
+                tape.drift[adapter, layer] = drift
+                tape.coefficients[adapter] = self.coefficients[adapter]
             for adapter, sums in record.sums.items():
                 coefficients = self.coefficients[adapter]
                 tape.sums[adapter, layer] = sums

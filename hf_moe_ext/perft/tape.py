@@ -15,13 +15,14 @@ checkpointing recomputes it.
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_moe_ext.ops.routing import RouterSums, TokenGroups, load_balance_loss, router_sums, router_z_loss
+from hf_moe_ext.ops.routing import DriftSums, RouterSums, TokenGroups, load_balance_loss, router_sums, router_z_loss
 from hf_moe_ext.perft.batch import LossShare
 
 Scope = Literal["batch", "sequence", "global"]
@@ -30,6 +31,8 @@ Scope = Literal["batch", "sequence", "global"]
 @dataclass(frozen=True)
 class RouterCoefficients:
     """Weights of the auxiliary losses of one adapter's routers, and over which tokens their load is taken.
+
+    ``drift`` weighs how far the base model's own router has moved, per sequence and layer; it is true of no adapter router.
 
     Scopes:
         "batch": all tokens of the micro-batch and all layers pooled, as the paper's code does.
@@ -40,6 +43,7 @@ class RouterCoefficients:
     load_balance: float = 0.0
     z: float = 0.0
     scope: Scope = "batch"
+    drift: float = 0.0
 
     def __bool__(self) -> bool:
         return self.load_balance != 0 or self.z != 0
@@ -61,11 +65,13 @@ class RouterRecord:
 
     Attributes:
         sums: of the pass under way.
+        drift: of the base model's router, in the pass under way.
         load: [num_experts + 1] tokens per expert, then tokens, summed over the step under way ("global" only).
         last_load: [num_experts] share of the tokens per expert in the step before ("global" only).
     """
 
     sums: dict[str, RouterSums] = field(default_factory=dict)
+    drift: dict[str, DriftSums] = field(default_factory=dict)
     load: dict[str, Tensor] = field(default_factory=dict)
     last_load: dict[str, Tensor] = field(default_factory=dict)
 
@@ -80,6 +86,7 @@ class ForwardTape:
         row_adapters: adapter name per row (mixed batches), else None.
         training: auxiliary gradients are wanted.
         sums: (adapter, layer) -> that router's sums, known when the forward is over.
+        drift: (adapter, layer) -> how far the base model's router has moved.
         last_load: (adapter, layer) -> its load in the step before, for the scope "global".
         coefficients: adapter -> its weights.
         weights: source of the loss -> [sequences] gradient-weight of each, known once backward has begun.
@@ -90,6 +97,7 @@ class ForwardTape:
     row_adapters: list[str] | None = None
     training: bool = False
     sums: dict[tuple[str, str], RouterSums] = field(default_factory=dict)
+    drift: dict[tuple[str, str], DriftSums] = field(default_factory=dict)
     last_load: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     coefficients: dict[str, RouterCoefficients] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -122,18 +130,29 @@ class ForwardTape:
 
     def router_gradient(self, adapter: str, layer: str, logits: Tensor, index: Tensor) -> Tensor | None:
         """Auxiliary gradient [tokens, num_experts] of one layer's logits; None where no loss has passed by."""
+        groups = self.groups(self.coefficients[adapter].scope, logits.shape[0])
+        return self.weighted_gradient(
+            logits, lambda leaf: self.layer_objective(adapter, layer, router_sums(leaf, index, groups))
+        )
+
+    def weighted_gradient(self, value: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Gradient at ``value`` of its objective [groups], each group with its weight; None where no loss passed by."""
         if not self.weights:
             warn_no_weight()
             return None
         with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            sums = router_sums(leaf, index, self.groups(self.coefficients[adapter].scope, logits.shape[0]))
-            objective = self.layer_objective(adapter, layer, sums)
+            leaf = value.detach().requires_grad_()
+            terms = objective(leaf)
             weights = torch.stack([w.to(leaf.device) for w in self.weights.values()]).sum(dim=0)
-            if objective.shape != weights.shape:
+            if terms.shape != weights.shape:
                 weights = weights.sum(dim=0, keepdim=True)
-            (gradient,) = torch.autograd.grad(objective, leaf, weights.to(objective.dtype))
+            (gradient,) = torch.autograd.grad(terms, leaf, weights.to(terms.dtype))
         return gradient
+
+    def drift_objective(self, adapter: str, sums: DriftSums) -> Tensor:
+        """[sequences] what one layer's base router contributes to the weighted drift."""
+        layers = sum(name == adapter for name, _ in self.drift)
+        return self.coefficients[adapter].drift * (sums.divergence / sums.tokens.clamp(min=1)) / layers
 
     def layer_objective(self, adapter: str, layer: str, sums: RouterSums) -> Tensor:
         """[groups] what one layer's probabilities contribute to the weighted auxiliary loss; layers add up to it."""
@@ -150,17 +169,17 @@ class ForwardTape:
 
     def by_mechanism(self) -> tuple[bool, bool]:
         """Whether some routers of this pass carry their gradient in their sums (compiled), and some in nodes (eager)."""
-        wanted = [sums for (name, _), sums in self.sums.items() if self.coefficients[name]]
-        carried = [sums.probabilities.requires_grad for sums in wanted]
+        carried = [s.probabilities.requires_grad for (name, _), s in self.sums.items() if self.coefficients[name]]
+        carried += [s.divergence.requires_grad for (name, _), s in self.drift.items() if self.coefficients[name].drift]
         return any(carried), not all(carried)
 
     def objective(self) -> Tensor:
         """[sequences] the weighted auxiliary loss of all adapters in this pass; the same for all in the scope "batch"."""
-        total: Tensor | None = None
-        for (adapter, layer), sums in self.sums.items():
-            term = self.layer_objective(adapter, layer, sums)
-            total = term if total is None else total + term.to(total.device)
-        assert total is not None  # asked for by a pass that has sums
+        terms = [self.layer_objective(adapter, layer, sums) for (adapter, layer), sums in self.sums.items()]
+        terms += [self.drift_objective(adapter, sums) for (adapter, _), sums in self.drift.items()]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term.to(total.device)
         return total.expand(self.sequences.num_groups)
 
 
