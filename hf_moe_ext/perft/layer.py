@@ -18,6 +18,7 @@ from hf_moe_ext.host.blocks import ExpertsSite
 from hf_moe_ext.ops.routed_adapter import routed_adapter
 from hf_moe_ext.ops.routing import choose_experts, expert_weights
 from hf_moe_ext.perft.config import PerftConfig
+from hf_moe_ext.perft.gradient_sync import share_gradient
 from hf_moe_ext.perft.state import PerftState
 from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, anchor_router, warn_no_weight
 
@@ -145,8 +146,8 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             idx, w = None, None
         return routed_adapter(
             _autocast(rows),
-            self.perft_A[name],
-            self.perft_B[name],
+            self._shared(self.perft_A[name]),
+            self._shared(self.perft_B[name]),
             idx,
             w,
             scale=settings.scale,
@@ -155,7 +156,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         )
 
     def _route(self, name: str, rows: Tensor, tape: ForwardTape | None) -> tuple[Tensor, Tensor]:
-        settings, router = self.settings[name], self.perft_router[name]
+        settings, router = self.settings[name], self._shared(self.perft_router[name])
         if tape is None and self.training and torch.is_grad_enabled() and settings.coefficients:
             # Called past the model. The empty tape keeps the nodes that a recomputation in backward will make.
             warn_no_weight()
@@ -172,6 +173,9 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                 if tape.training and settings.coefficients and not torch.compiler.is_compiling():
                     logits = anchor_router(logits, index, tape, name)
             return index, expert_weights(logits, index, settings.normalize)
+
+    def _shared(self, parameter: Tensor) -> Tensor:
+        return share_gradient(parameter) if self.state.is_distributed else parameter
 
     def _mixed_delta(self, tape: ForwardTape, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         names = tape.row_adapters or []

@@ -21,6 +21,7 @@ from hf_moe_ext.host.blocks import ExpertsSite, explain_no_blocks, iterate_exper
 from hf_moe_ext.host.families import FAMILIES, normalizes_top_k
 from hf_moe_ext.perft.adapter_files import KEY_PREFIX
 from hf_moe_ext.perft.config import PerftConfig
+from hf_moe_ext.perft.gradient_sync import broadcast, check_attachable, is_distributed
 from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
 from hf_moe_ext.perft.report import describe_trainable
 from hf_moe_ext.perft.state import PerftState, describe_key_mismatch
@@ -49,6 +50,7 @@ class PerftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
             raise ValueError(f"adapter_name {adapter_name!r} cannot name a parameter; use letters, digits, _ or -")
+        check_attachable(model, config)
         if getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
             self._resolve_targets(model, config)
         try:
@@ -61,6 +63,10 @@ class PerftModel(BaseTuner):
         state = find_state(model)
         if state is not None and config.from_file:
             state.fresh.add(adapter_name)
+        if is_distributed(model):
+            broadcast(
+                [p for name, p in model.named_parameters() if ".perft_" in name and name.endswith(f".{adapter_name}")]
+            )
         logger.info("PERFT adapter %r attached.\n%s", adapter_name, describe_trainable(model, adapter_name))
 
     def _resolve_targets(self, model: nn.Module, config: PerftConfig) -> None:

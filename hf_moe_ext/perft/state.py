@@ -11,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hf_moe_ext.host.families import loss_shifts_labels
+from hf_moe_ext.perft.gradient_sync import is_distributed
 from hf_moe_ext.perft.tape import ForwardTape, anchor_loss
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
@@ -26,6 +27,7 @@ class PerftState:
         recorders: called with each finished tape.
         fresh: adapters made from a file's configuration and not used yet; a load that fails takes them off again.
         site_names: path of every wrapped experts module.
+        is_distributed: Transformers has spread the model over several processes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +40,7 @@ class PerftState:
         # Weak: the model's hooks hold this object, and a strong reference back would outlive `del model`.
         self._model = weakref.ref(model)
         self.site_names: list[str] = []
+        self.is_distributed = is_distributed(model)
         self._argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._shifts_labels = loss_shifts_labels(model)
         # Hooks on the model itself, not on PeftModel: model.add_adapter has no PeftModel around it.
