@@ -12,6 +12,7 @@ from hf_moe_ext import registry
 
 if TYPE_CHECKING:
     from hf_moe_ext.perft import PerftConfig, PerftModel
+    from hf_moe_ext.perft.groups import param_groups
     from hf_moe_ext.perft.report import count_trainable
     from hf_moe_ext.perft.router_load import RouterLoadCallback, record_router_load
 
@@ -22,9 +23,18 @@ _EXPORTS = {
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
     "count_trainable": "hf_moe_ext.perft.report",
+    "param_groups": "hf_moe_ext.perft.groups",
     "record_router_load": "hf_moe_ext.perft.router_load",
 }
-__all__ = ["PerftConfig", "PerftModel", "RouterLoadCallback", "__version__", "count_trainable", "record_router_load"]
+__all__ = [
+    "PerftConfig",
+    "PerftModel",
+    "RouterLoadCallback",
+    "__version__",
+    "count_trainable",
+    "param_groups",
+    "record_router_load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -124,13 +124,15 @@ def explain_no_blocks(model: nn.Module) -> str:
 
 
 def _num_experts(experts: nn.Module) -> int:
-    # LongCat counts identity experts into its ids: total_experts. Expert parallelism later rewrites num_experts to the
-    # local count, which is why this is read once, when an adapter is attached.
-    for name in ("total_experts", "num_experts", "num_local_experts"):
+    # LongCat counts identity experts into its ids: total_experts. Expert parallelism rewrites num_experts to the local
+    # count, when the model is loaded, but a weight it has sharded still has its global shape.
+    sharded = next((p for p in experts.parameters(recurse=False) if p.ndim == 3 and hasattr(p, "device_mesh")), None)
+    names = ("total_experts", "num_experts", "num_local_experts")
+    for name in names[:1] if sharded is not None else names:
         count = getattr(experts, name, None)
         if isinstance(count, int):
             return count
-    return next(p.shape[0] for p in experts.parameters() if p.ndim == 3)
+    return sharded.shape[0] if sharded is not None else next(p.shape[0] for p in experts.parameters() if p.ndim == 3)
 
 
 def _input_size(experts: nn.Module) -> int:

@@ -150,7 +150,11 @@ class DriftSums(NamedTuple):
 
 
 def drift_sums(
-    hidden: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None = None, groups: TokenGroups = TokenGroups()  # noqa: B008
+    hidden: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    groups: TokenGroups = TokenGroups(),  # noqa: B008
 ) -> DriftSums:
     """Compare the softmax over all experts of a router with that of the same router plus ``delta``.
 

@@ -52,19 +52,21 @@ class BaseRouterLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, name: str, rank: int | None, scale: float, init_weights: bool | str) -> None:
         """Add or replace the difference of the adapter ``name``; ``rank`` None: a whole one."""
-        weight = self._weight()
-        options = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        rows, width = self.out_features, self.in_features
+        weight, (rows, width) = self._weight(), (self.out_features, self.in_features)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=weight.device, dtype=dtype))
+
         self.scales[name] = 1.0 if rank is None else scale
         if rank is None:
-            self.perft_base_router[name] = nn.Parameter(torch.zeros(rows, width, **options))
+            last = self.perft_base_router[name] = zeros(rows, width)
         else:
-            bound = 1.0 / math.sqrt(width)
-            self.perft_base_router_A[name] = nn.Parameter(torch.empty(rank, width, **options).uniform_(-bound, bound))
-            self.perft_base_router_B[name] = nn.Parameter(torch.zeros(rows, rank, **options))
+            A = self.perft_base_router_A[name] = zeros(rank, width)
+            last = self.perft_base_router_B[name] = zeros(rows, rank)
+            nn.init.uniform_(A, -1.0 / math.sqrt(width), 1.0 / math.sqrt(width))  # as perft_A
         if not init_weights:  # for tests: a difference that acts
-            last = self.perft_base_router[name] if rank is None else self.perft_base_router_B[name]
-            nn.init.normal_(last, std=0.1 / math.sqrt(width if rank is None else rank))
+            nn.init.normal_(last, std=0.1 / math.sqrt(last.shape[1]))
         self.set_adapter(self.active_adapters)
 
     def difference(self, name: str) -> Tensor:
@@ -98,11 +100,12 @@ class BaseRouterLayer(nn.Module, BaseTunerLayer):
         coefficients = self.state.coefficients.get(name, RouterCoefficients())
         rows = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
         weight = self._weight().detach().to(difference.dtype)
-        bias = None if self.site.bias_name is None else self._parameter(self.site.bias_name).detach().to(difference.dtype)
-        groups = tape.groups("sequence", rows.shape[0])
+        bias = (
+            None if self.site.bias_name is None else self._parameter(self.site.bias_name).detach().to(difference.dtype)
+        )
         compiling = torch.compiler.is_compiling()
         if (coefficients.drift or self.state.recorders) and tape is self.state.tape:
-            change = difference if compiling else difference.detach()
+            change, groups = difference if compiling else difference.detach(), tape.groups("sequence", rows.shape[0])
             self.record.drift[name] = drift_sums(rows.to(difference.dtype), weight, change, bias, groups)
         if tape.training and coefficients.drift and not compiling:
             return _DriftAnchor.apply(difference, rows, weight, bias, tape, name)
@@ -143,12 +146,12 @@ class _DriftAnchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         difference, rows, weight = ctx.saved_tensors
-        tape, groups = ctx.tape, ctx.tape.groups("sequence", rows.shape[0])
-        drift = tape.weighted_gradient(
-            difference,
-            lambda leaf: tape.drift_objective(
-                ctx.adapter, drift_sums(rows.to(leaf.dtype), weight, leaf, ctx.bias, groups)
-            ),
-        )
+        tape = ctx.tape
+
+        def objective(leaf: Tensor) -> Tensor:
+            groups = tape.groups("sequence", rows.shape[0])
+            return tape.drift_objective(ctx.adapter, drift_sums(rows.to(leaf.dtype), weight, leaf, ctx.bias, groups))
+
+        drift = tape.weighted_gradient(difference, objective)
         gradient = gradients[0]
         return gradient if drift is None else gradient + drift, None, None, None, None, None

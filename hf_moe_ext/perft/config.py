@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 VARIANTS = ("R", "E", "D", "S")
 ADAPTERS = ("lora", "parallel")
+BASE_ROUTERS = ("frozen", "lora", "train")
 SCOPES = ("batch", "sequence", "global")
 
 
@@ -51,6 +52,10 @@ class PerftConfig(PeftConfig):
         router_aux_loss_scope: R: the tokens over which both are taken: "batch" (default; the micro-batch, all layers
             pooled, as the paper does), "sequence" (each sequence and layer by itself; gradients do not depend on how
             sequences are batched), "global" (each layer's load in the whole previous step, over all processes).
+        base_router: what of the base model's own router trains with the adapter: "frozen" (default; the method),
+            "lora" (a difference of rank r) or "train" (a whole one). The base's weight stays as it is.
+        base_router_drift_coef: weight of the guard that holds a tuned base router near where it started: the divergence
+            of its probabilities from the old ones, mean over tokens and layers (default 0.1).
         init_weights: True: Kaiming-uniform A per expert, B zero (the adapter starts as a no-op); False: B random too
             (for tests); "paper": the authors' A ~ N(0, sqrt(2/r)), B ~ N(0, 1e-6).
         target_modules: names (or a regular expression) of ``experts`` modules; None: every MoE block.
@@ -79,6 +84,8 @@ class PerftConfig(PeftConfig):
     router_aux_loss_coef: float | None = None
     router_z_loss_coef: float | None = None
     router_aux_loss_scope: Literal["batch", "sequence", "global"] | None = None
+    base_router: Literal["frozen", "lora", "train"] = "frozen"
+    base_router_drift_coef: float | None = None
     init_weights: bool | Literal["paper"] = True
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -105,6 +112,7 @@ class PerftConfig(PeftConfig):
             _resolve_router(self)
         else:
             _refuse_router(self)
+        _resolve_base_router(self)
         _check_version(self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -150,7 +158,8 @@ class PerftConfig(PeftConfig):
 
 
 def _check_choices(config: PerftConfig) -> None:
-    for name, allowed in (("variant", VARIANTS), ("adapter", ADAPTERS), ("bias", ("none", "all"))):
+    choices = {"variant": VARIANTS, "adapter": ADAPTERS, "bias": ("none", "all"), "base_router": BASE_ROUTERS}
+    for name, allowed in choices.items():
         value = getattr(config, name)
         if value not in allowed:
             raise ValueError(f"PerftConfig: {name} must be one of {', '.join(allowed)}; got {value!r}")
@@ -226,6 +235,21 @@ def _resolve_router(config: PerftConfig) -> None:
             "it equals variant='S', which saves the router",
             stacklevel=4,
         )
+
+
+def _resolve_base_router(config: PerftConfig) -> None:
+    if config.base_router == "frozen":
+        if config.base_router_drift_coef is not None:
+            raise ValueError(
+                f"PerftConfig: base_router_drift_coef={config.base_router_drift_coef!r} holds back a base router that "
+                "trains; leave it out, or choose base_router='lora' or 'train'"
+            )
+        return
+    if config.base_router_drift_coef is None:
+        config.base_router_drift_coef = 0.1
+    _check_number(
+        "base_router_drift_coef", config.base_router_drift_coef, float, "a number of at least 0", lambda v: v >= 0
+    )
 
 
 def _refuse_router(config: PerftConfig) -> None:

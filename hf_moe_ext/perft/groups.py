@@ -48,9 +48,7 @@ def param_groups(
         "no_decay": {"lr": lr, "weight_decay": 0.0},
         "routers": {"lr": lr if router_lr is None else router_lr, "weight_decay": 0.0},
     }
-    return [
-        {"name": name, "params": parameters, **settings[name]} for name, parameters in groups.items() if parameters
-    ]
+    return [{"name": name, "params": parameters, **settings[name]} for name, parameters in groups.items() if parameters]
 
 
 def _group_of(name: str, parameter: nn.Parameter) -> str:

@@ -61,7 +61,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.perft_router = nn.ParameterDict()
         self.settings: dict[str, AdapterSettings] = {}
         self.state = state
-        self.record: RouterRecord | None = None
+        self.record: RouterRecord = state.record_of(site.name)
         self.site_name = site.name
         self.in_features = self.out_features = site.hidden_size
         self.base_num_experts = site.num_experts
@@ -83,7 +83,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.perft_B[name] = empty(num_experts, hidden_size, rank)
         if settings.variant == "R":
             self.perft_router[name] = empty(num_experts, hidden_size)
-            self.record = self.state.add_router(name, self.site_name, settings.coefficients)
+        self.state.set_coefficients(name, settings.coefficients)
         self.reset_parameters(name, init_weights)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters)
@@ -147,8 +147,8 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             idx, w = None, None
         return routed_adapter(
             _autocast(rows),
-            self.perft_A[name],
-            self.perft_B[name],
+            self.state.shared(self.perft_A[name]),
+            self.state.shared(self.perft_B[name]),
             idx,
             w,
             scale=settings.scale,
@@ -157,7 +157,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         )
 
     def _route(self, name: str, rows: Tensor, tape: ForwardTape | None) -> tuple[Tensor, Tensor]:
-        settings, router = self.settings[name], self.perft_router[name]
+        settings, router = self.settings[name], self.state.shared(self.perft_router[name])
         if tape is None and self.training and torch.is_grad_enabled() and settings.coefficients:
             # Called past the model. The empty tape keeps the nodes that a recomputation in backward will make.
             warn_no_weight()
@@ -174,7 +174,6 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                     groups = tape.groups(settings.coefficients.scope, rows.shape[0])
                     # Only the compiled path differentiates these sums; a graph left here in eager mode would be one
                     # that gradient checkpointing does not see again.
-                    assert self.record is not None
                     self.record.sums[name] = router_sums(logits if compiling else logits.detach(), index, groups)
                 if tape.training and settings.coefficients and not compiling:
                     logits = anchor_router(logits, index, tape, name, self.site_name)
@@ -259,9 +258,10 @@ def resolve_settings(
         top_k=config.top_k or 0,
         normalize=normalize,
         coefficients=RouterCoefficients(
-            config.router_aux_loss_coef or 0.0,
-            config.router_z_loss_coef or 0.0,
-            config.router_aux_loss_scope or "batch",
+            load_balance=config.router_aux_loss_coef or 0.0,
+            z=config.router_z_loss_coef or 0.0,
+            scope=config.router_aux_loss_scope or "batch",
+            drift=config.base_router_drift_coef or 0.0,
         ),
     )
 

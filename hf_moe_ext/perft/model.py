@@ -17,10 +17,12 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from hf_moe_ext.host.blocks import ExpertsSite, explain_no_blocks, iterate_experts, read_experts
+from hf_moe_ext.host.blocks import ExpertsSite, explain_no_blocks, find_router, iterate_experts, read_experts
 from hf_moe_ext.host.families import FAMILIES, normalizes_top_k
 from hf_moe_ext.perft.adapter_files import KEY_PREFIX
+from hf_moe_ext.perft.base_router import BaseRouterLayer
 from hf_moe_ext.perft.config import PerftConfig
+from hf_moe_ext.perft.gradient_sync import broadcast, check_attachable, is_distributed
 from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
 from hf_moe_ext.perft.report import describe_trainable
 from hf_moe_ext.perft.state import PerftState, describe_key_mismatch
@@ -37,7 +39,7 @@ class PerftModel(BaseTuner):
     """
 
     prefix: str = "perft_"
-    tuner_layer_cls = PerftLayer
+    tuner_layer_cls = (PerftLayer, BaseRouterLayer)  # type: ignore[assignment]  # PEFT only asks isinstance of it
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - BaseTuner's name; blocks are found by structure
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -49,6 +51,7 @@ class PerftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
             raise ValueError(f"adapter_name {adapter_name!r} cannot name a parameter; use letters, digits, _ or -")
+        check_attachable(model, config)
         if getattr(config, "target_modules", None) != DUMMY_TARGET_MODULES:
             self._resolve_targets(model, config)
         try:
@@ -61,6 +64,10 @@ class PerftModel(BaseTuner):
         state = find_state(model)
         if state is not None and config.from_file:
             state.fresh.add(adapter_name)
+        if is_distributed(model):
+            broadcast(
+                [p for name, p in model.named_parameters() if ".perft_" in name and name.endswith(f".{adapter_name}")]
+            )
         logger.info("PERFT adapter %r attached.\n%s", adapter_name, describe_trainable(model, adapter_name))
 
     def _resolve_targets(self, model: nn.Module, config: PerftConfig) -> None:
@@ -99,6 +106,11 @@ class PerftModel(BaseTuner):
             )
         for name in matched:
             self._settings(config, name, sites[name], model)  # raises here rather than half-way
+            if config.base_router != "frozen" and find_router(model, sites[name]) is None:
+                raise ValueError(
+                    f"PerftConfig: base_router={config.base_router!r} needs a router with one weight row per expert beside "
+                    f"{name!r}, and this block has none; leave it 'frozen'"
+                )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
@@ -138,6 +150,23 @@ class PerftModel(BaseTuner):
             state.site_names.append(current_key)
         settings = self._settings(peft_config, current_key, site, self.model)
         layer.update_layer(adapter_name, settings, peft_config.init_weights)
+        if peft_config.base_router != "frozen":
+            self._tune_base_router(peft_config, adapter_name, site, settings, layer.state)
+
+    def _tune_base_router(
+        self, config: PerftConfig, adapter_name: str, site: ExpertsSite, settings: AdapterSettings, state: PerftState
+    ) -> None:
+        router = find_router(self.model, site)
+        if router is None:
+            raise ValueError(f"no router beside {site.name!r}")  # refused by _resolve_targets, unless PEFT skipped it
+        module = self.model.get_submodule(router.name)
+        if not isinstance(module, BaseRouterLayer):
+            parent, _, attribute = router.name.rpartition(".")
+            module = BaseRouterLayer(module, router, state.record_of(site.name), state)
+            setattr(self.model.get_submodule(parent), attribute, module)
+            state.site_names.append(router.name)
+        rank = settings.rank if config.base_router == "lora" else None
+        module.update_layer(adapter_name, rank, config.lora_alpha / settings.rank, config.init_weights)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would copy `weight` and move the adapter to its device; experts have none, and the layer has placed itself.
@@ -159,6 +188,12 @@ class PerftModel(BaseTuner):
             yield
             return
         names = self._check_adapter_names(names)
+        routed = {name for m in self.model.modules() if isinstance(m, BaseRouterLayer) for name in m.scales}
+        if routed & set(names):
+            raise ValueError(
+                f"adapter_names: {', '.join(sorted(routed & set(names)))} tunes the base model's router, which a batch "
+                "shares; run one adapter at a time"
+            )
         wrappers = {name: m for name, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
         for name, wrapper in wrappers.items():
             if isinstance(wrapper, ModulesToSaveWrapper) and not isinstance(wrapper.original_module, _MIXABLE):

@@ -1,11 +1,13 @@
 """What a PERFT adapter trains, per module, with counts: shown when it is attached and by ``hf-moe doctor``."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from hf_moe_ext.host.families import active_experts
+from hf_moe_ext.perft.base_router import BaseRouterLayer
 from hf_moe_ext.perft.layer import PerftLayer
 
 
@@ -14,7 +16,7 @@ class TrainableRow:
     """One adapted module.
 
     Attributes:
-        module: path of the experts module.
+        module: path of the experts module, or of the base router that is tuned with it.
         tensors: name -> shape of its adapter tensors.
         total: parameters stored.
         active: parameters one token uses (router included); None where the base model's top-k is unknown.
@@ -33,14 +35,13 @@ def trainable_rows(model: nn.Module, adapter: str = "default") -> list[Trainable
     """
     rows = []
     for layer in model.modules():
+        if isinstance(layer, BaseRouterLayer) and adapter in layer.scales:
+            tensors = _tensors(layer, adapter)
+            total = sum(math.prod(shape) for shape in tensors.values())
+            rows.append(TrainableRow(layer.site.name, tensors, total=total, active=total))
         if not isinstance(layer, PerftLayer) or adapter not in layer.settings:
             continue
         settings = layer.settings[adapter]
-        tensors = {
-            name: tuple(getattr(layer, name)[adapter].shape)
-            for name in layer.adapter_layer_names
-            if adapter in getattr(layer, name)
-        }
         one = 2 * layer.in_features * settings.rank
         router = layer.in_features * settings.num_experts if settings.variant == "R" else 0
         used = {"R": settings.top_k, "E": active_experts(layer.get_base_layer())}.get(
@@ -49,12 +50,20 @@ def trainable_rows(model: nn.Module, adapter: str = "default") -> list[Trainable
         rows.append(
             TrainableRow(
                 layer.site_name,
-                tensors,
+                _tensors(layer, adapter),
                 total=one * settings.num_experts + router,
                 active=None if used is None else one * used + router,
             )
         )
     return rows
+
+
+def _tensors(layer: BaseRouterLayer | PerftLayer, adapter: str) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(getattr(layer, name)[adapter].shape)
+        for name in layer.adapter_layer_names
+        if adapter in getattr(layer, name)
+    }
 
 
 def sum_rows(rows: Iterable[TrainableRow]) -> tuple[int, int | None]:

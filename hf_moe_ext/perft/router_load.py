@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_moe_ext.ops.routing import RouterSums, load_balance_loss, router_z_loss
+from hf_moe_ext.ops.routing import DriftSums, RouterSums, load_balance_loss, router_z_loss
 from hf_moe_ext.perft.model import find_state
 from hf_moe_ext.perft.step_load import sum_over_processes
 from hf_moe_ext.perft.tape import ForwardTape
@@ -22,6 +22,7 @@ class RouterLoad:
         self.training_only = training_only
         self._sums: dict[tuple[str, str], RouterSums] = {}
         self._passes: dict[str, Tensor] = {}
+        self._drift: dict[tuple[str, str], DriftSums] = {}
 
     def __call__(self, tape: ForwardTape) -> None:
         """Add one forward pass."""
@@ -30,7 +31,11 @@ class RouterLoad:
         for key, sums in tape.sums.items():
             sums = sums.detach().total()
             self._sums[key] = self._sums[key] + sums if key in self._sums else sums
-        for adapter in tape.coefficients:
+        for key, drift in tape.drift.items():
+            # Batches have other sequences, so only their sum is kept.
+            drift = DriftSums(drift.divergence.sum(), drift.before, drift.after, drift.tokens.sum()).detach()
+            self._drift[key] = self._drift[key] + drift if key in self._drift else drift
+        for adapter in {name for name, _ in tape.sums}:
             pooled = tape.pooled(adapter)
             values = torch.cat(
                 [
@@ -58,13 +63,30 @@ class RouterLoad:
         load_balance, z, passes = sum_over_processes(self._passes[adapter]).tolist()
         return {"router_aux_loss": load_balance / passes, "router_z_loss": z / passes}
 
+    def drift(self, adapter: str = "default") -> dict[str, dict[str, float]]:
+        """How far a tuned base router has moved, per experts module; empty where it is frozen or nothing was seen.
+
+        Returns:
+            ``divergence``: Kullback-Leibler divergence of its probabilities from the old ones, nats per token.
+            ``load_drift``: share of the probability mass that has changed experts (total variation), 0 to 1.
+        """
+        result = {}
+        for (name, layer), sums in self._drift.items():
+            if name != adapter:
+                continue
+            divergence, tokens = sum_over_processes(torch.stack([sums.divergence, sums.tokens])).tolist()
+            before, after = (sum_over_processes(mass) for mass in (sums.before, sums.after))
+            moved = (after - before).abs().sum().item() / 2
+            result[layer] = {"divergence": divergence / max(tokens, 1), "load_drift": moved / max(tokens, 1)}
+        return result
+
     def adapters(self) -> list[str]:
-        """Adapters whose routers were seen."""
-        return list(self._passes)
+        """Adapters whose routers, or whose base router, were seen."""
+        return list(dict.fromkeys([*self._passes, *(name for name, _ in self._drift)]))
 
     def reset(self) -> None:
         """Start again from nothing."""
-        self._sums, self._passes = {}, {}
+        self._sums, self._passes, self._drift = {}, {}, {}
 
 
 @contextmanager
@@ -91,7 +113,8 @@ class RouterLoadCallback(TrainerCallback):
     """Adds the routers' auxiliary losses and load to the Trainer's logs, apart from the cross-entropy.
 
     Keys: ``router_aux_loss`` (unweighted; ``top_k`` is perfect balance), ``router_z_loss``, ``router_load_max`` (largest
-    share of one expert in any layer) and ``router_load_entropy`` (mean over layers, 1 is perfect balance). Put it first
+    share of one expert in any layer) and ``router_load_entropy`` (mean over layers, 1 is perfect balance); for a tuned base
+    router ``base_router_divergence`` (mean over layers, nats) and ``base_router_load_drift`` (largest of any layer). Put it first
     in ``trainer.callback_handler.callbacks`` for reporters that should see the keys.
     """
 
@@ -119,11 +142,15 @@ class RouterLoadCallback(TrainerCallback):
         for adapter in self.load.adapters():
             suffix = "" if adapter == "default" else f"_{adapter}"
             shares = list(self.load.fractions(adapter).values())
-            entropies = [_entropy(share) for share in shares]
-            values = self.load.losses(adapter) | {
-                "router_load_max": max(max(share) for share in shares),
-                "router_load_entropy": sum(entropies) / len(entropies),
-            }
+            values = self.load.losses(adapter)
+            if shares:
+                entropies = [_entropy(share) for share in shares]
+                values["router_load_max"] = max(max(share) for share in shares)
+                values["router_load_entropy"] = sum(entropies) / len(entropies)
+            drift = self.load.drift(adapter).values()
+            if drift:
+                values["base_router_divergence"] = sum(layer["divergence"] for layer in drift) / len(drift)
+                values["base_router_load_drift"] = max(layer["load_drift"] for layer in drift)
             values = {f"{key}{suffix}": value for key, value in values.items()}
             logs.update(values)
             if state.log_history and state.log_history[-1].get("step") == state.global_step:

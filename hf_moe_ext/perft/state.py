@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_moe_ext.host.families import loss_shifts_labels
 from hf_moe_ext.perft.batch import LossShare, is_packed, read_rows, read_sequences, share_of_log_probs, share_of_loss
+from hf_moe_ext.perft.gradient_sync import is_distributed, share_gradient
 from hf_moe_ext.perft.step_load import StepWatch, add_load
 from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord, anchor_loss
 
@@ -28,6 +29,7 @@ class PerftState:
         coefficients: adapter -> weights of its routers' auxiliary losses.
         fresh: adapters made from a file's configuration and not used yet; a load that fails takes them off again.
         site_names: path of every wrapped experts module.
+        is_distributed: Transformers has spread the model over several processes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,6 +45,7 @@ class PerftState:
         # Weak: the model's hooks hold this object, and a strong reference back would outlive `del model`.
         self._model = weakref.ref(model)
         self.site_names: list[str] = []
+        self.is_distributed = is_distributed(model)
         self._argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._shifts_labels = loss_shifts_labels(model)
         # Hooks on the model itself, not on PeftModel: model.add_adapter has no PeftModel around it.
@@ -60,11 +63,18 @@ class PerftState:
         vars(self).update(state | {"_model": weakref.ref(state["_model"])})
         self._watch_steps()
 
-    def add_router(self, adapter: str, site_name: str, coefficients: RouterCoefficients) -> RouterRecord:
-        """The record of one layer's routers, into which that layer writes; known from now on with this adapter."""
+    def record_of(self, site_name: str) -> RouterRecord:
+        """The record of one layer's routers, into which that layer writes."""
+        return self.records.setdefault(site_name, RouterRecord())
+
+    def set_coefficients(self, adapter: str, coefficients: RouterCoefficients) -> None:
+        """What the routers of an adapter are held to."""
         self.coefficients[adapter] = coefficients
         self._watch_steps()
-        return self.records.setdefault(site_name, RouterRecord())
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        """The parameter as a layer uses it; where Transformers has distributed the model, all ranks share its gradient."""
+        return share_gradient(parameter) if self.is_distributed else parameter
 
     def _watch_steps(self) -> None:
         if self._step_watch is None and any(c.scope == "global" for c in self.coefficients.values()):

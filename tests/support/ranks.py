@@ -15,6 +15,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,13 @@ def _main(
     partial = Path(folder, f"{rank}.partial")
     partial.write_bytes(pickle.dumps(outcome))
     partial.rename(Path(folder, str(rank)))
-    # A failed peer would let an orderly shutdown of the group wait for it.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0 if outcome[0] else 1)
+    if not outcome[0]:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # an orderly end would wait for peers that wait for this rank
+    with suppress(RuntimeError):  # a peer that failed has said so itself
+        distributed.barrier()  # rank 0 keeps the store that the others may still need
+        distributed.destroy_process_group()
 
 
 def _environment(world_size: int) -> dict[str, str]:
