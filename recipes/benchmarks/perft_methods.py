@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -94,7 +94,7 @@ class Method:
     trains_base: bool = False
 
 
-def _perft(variant: str, num_experts: int | None = None, top_k: int | None = None) -> Method:
+def _perft(variant: Literal["R", "E", "D", "S"], num_experts: int | None = None, top_k: int | None = None) -> Method:
     """PERFT's counts per layer: S 2 D r, D M 2 D r, R N 2 D r + M D, E K 2 D r."""
     active = {"S": 1, "D": num_experts, "R": top_k}.get(variant)
 

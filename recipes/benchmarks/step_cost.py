@@ -54,17 +54,33 @@ def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[tuple[
         model.zero_grad(set_to_none=True)
 
 
-def time_steps(step: Step, device: str, warmup: int, count: int) -> list[float]:
-    """Seconds of each of `count` steps, after `warmup` steps that do not count."""
+def time_steps(step: Step, device: str, warmup: int, count: int) -> list[tuple[float, float]]:
+    """(wall, processor) seconds of each of `count` steps, after `warmup` steps that do not count.
+
+    Processor seconds are those of all threads of this process. They leave out the time in which another program had the
+    core, so on a busy machine they say what the wall clock cannot; where the work is on a GPU they mean nothing.
+    """
     seconds = []
     for i in range(warmup + count):
         _synchronize(device)
-        start = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         step()
         _synchronize(device)
         if i >= warmup:
-            seconds.append(time.perf_counter() - start)
+            seconds.append((time.perf_counter() - wall, time.process_time() - processor))
     return seconds
+
+
+def profile_operations(step: Step, device: str) -> dict[str, float]:
+    """Operation -> milliseconds of its own in one step, on the device that does the work; run a step before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        step()
+        _synchronize(device)
+    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    return {average.key: getattr(average, attribute) / 1e3 for average in profile.key_averages()}
 
 
 def measure_transient_bytes(step: Step, device: str) -> int:
