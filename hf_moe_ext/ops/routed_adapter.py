@@ -19,15 +19,19 @@ Activation = Callable[[Tensor], Tensor]
 Path = Literal["dense", "grouped"]
 
 # Dense-masked work per token is 4*M*r*hidden FLOP, grouped moves about 8*top_k*hidden values instead: hidden cancels,
-# so the choice hangs on M*r/top_k alone. On CPU (float32, hidden 128-2048) grouped_mm was 2-7x slower at M*r/top_k = 128
-# (64 experts, rank 16, top-8) and dense grows with M*r, which puts the crossing near 400; an accelerator at 300 FLOP per
-# byte crosses near 600. So dense serves R, D, S always and E up to about 256 experts of rank 16.
-DENSE_LIMIT = 512
+# so the choice hangs on M*r/top_k and on how many FLOP the device does per value moved. Forward and backward on one CPU
+# core (E, 64 and 128 experts, top-8), the two are equal in float32 at 130 (512 tokens, hidden 512 or 1024) to 260 (2048
+# tokens, hidden 2048), in bfloat16 with matrix instructions near 1000 (512 tokens, hidden 1024). By its FLOP per byte
+# an accelerator crosses near 160 in float32 and at 600 or above in half precision; that is not measured. So dense serves
+# R, D, S always and, in half precision, E up to 256 experts of rank 16.
+DENSE_LIMIT_FLOAT32 = 192
+DENSE_LIMIT_HALF = 512
 
 
 def choose_path(num_experts: int, rank: int, top_k: int, dtype: torch.dtype) -> Path:
     """The cheaper path for these sizes; dense where the grouped GEMM cannot run (float64, or float32 under compile)."""
-    if num_experts * rank <= DENSE_LIMIT * top_k:
+    limit = DENSE_LIMIT_FLOAT32 if dtype == torch.float32 else DENSE_LIMIT_HALF
+    if num_experts * rank <= limit * top_k:
         return "dense"
     if dtype == torch.float64 or (torch.compiler.is_compiling() and dtype != torch.bfloat16):
         return "dense"
@@ -111,21 +115,22 @@ def _grouped(
     dropout: float,
 ) -> Tensor:
     num_experts, rank, width = A.shape
-    top_k = index.shape[1]
     # One more expert of zeros serves the sentinels, so that every row belongs to a group: the kernel leaves rows
-    # outside all groups uninitialised, forward and backward. The rank is padded to the 16 bytes the kernel asks for.
-    padding = -rank % (16 // hidden.element_size())
-    A, B = F.pad(A, (0, 0, 0, padding, 0, 1)), F.pad(B, (0, padding, 0, 0, 0, 1))
+    # outside all groups uninitialised, forward and backward. Both widths are padded to the 16 bytes the kernel asks for.
+    rank_padding, width_padding = (-size % (16 // hidden.element_size()) for size in (rank, width))
+    A, B = F.pad(A, (0, width_padding, 0, rank_padding, 0, 1)), F.pad(B, (0, rank_padding, 0, width_padding, 0, 1))
+    if width_padding:
+        hidden = F.pad(hidden, (0, width_padding))
     pair_expert, order = index.reshape(-1).sort(stable=True)
     group_sizes = pair_expert.new_zeros(num_experts + 1).scatter_add(0, pair_expert, torch.ones_like(pair_expert))
     ends = group_sizes.cumsum(0).to(torch.int32)
 
-    bottleneck = _grouped_matmul(hidden[order // top_k], A.transpose(1, 2), ends)
+    bottleneck = _grouped_matmul(hidden[order // index.shape[1]], A.transpose(1, 2), ends)
     bottleneck = _activate(bottleneck, activation, dropout) * (weights.reshape(-1)[order] * scale)[:, None]
     pairs = _grouped_matmul(bottleneck, B.transpose(1, 2), ends)
     # Gather back and sum over choices: unlike index_add this is deterministic on an accelerator.
     back = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
-    return pairs[back].view(hidden.shape[0], top_k, width).sum(dim=1)
+    return pairs[back].view(*index.shape, width + width_padding).sum(dim=1)[:, :width]
 
 
 def _activate(bottleneck: Tensor, activation: Activation | None, dropout: float) -> Tensor:
@@ -136,8 +141,8 @@ def _activate(bottleneck: Tensor, activation: Activation | None, dropout: float)
 
 def _grouped_matmul(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """``rows[start:end] @ matrices[i]`` for each group; rows [pairs, in], matrices [groups, in, out], ends [groups]."""
-    aligned = all(size * rows.element_size() % 16 == 0 for size in matrices.shape[1:])
-    if aligned and rows.dtype != torch.float64:
+    if rows.dtype != torch.float64:
         return F.grouped_mm(rows, matrices, offs=ends)
+    # There is no such kernel in float64: a loop, for tests.
     starts = [0, *ends.tolist()]
     return torch.cat([rows[a:b] @ matrix for a, b, matrix in zip(starts, starts[1:], matrices, strict=False)])

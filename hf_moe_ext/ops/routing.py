@@ -5,7 +5,7 @@ of the Switch Transformer (arXiv 2101.03961, eq. 4-6) as PERFT's training code p
 masked. Its value at perfect balance is ``top_k``, not 1.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,44 @@ class RouterSums(NamedTuple):
     def total(self) -> "RouterSums":
         """The same with all groups pooled into one."""
         return RouterSums(*(value.sum(dim=0, keepdim=True) for value in self))
+
+
+class _WideLinear(torch.autograd.Function):
+    """``F.linear`` in ``dtype``, which keeps for its backward the rows and the weight as they came."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,), (rows, weight) = gradients, ctx.saved_tensors
+        rows_gradient = weight_gradient = None
+        # A backward called under autocast would run these products in bfloat16.
+        with torch.autocast(rows.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                rows_gradient = (gradient @ weight.to(gradient.dtype)).to(rows.dtype)
+            if ctx.needs_input_grad[1]:
+                weight_gradient = (gradient.T @ rows.to(gradient.dtype)).to(weight.dtype)
+        return rows_gradient, weight_gradient, None
+
+
+def router_logits(rows: Tensor, router: Tensor) -> Tensor:
+    """Logits [tokens, num_experts] of a router without bias, in at least float32, also under autocast.
+
+    Args:
+        rows: [tokens, hidden] of any floating-point dtype.
+        router: [num_experts, hidden] of any floating-point dtype.
+    """
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, router.dtype), torch.float32)
+    # Autocast would run a float32 linear in bfloat16, where near ties of a small router flip.
+    with torch.autocast(rows.device.type, enabled=False):
+        # F.linear would keep the wide copy of the rows until backward: in bfloat16 twice the bytes of all that the rest
+        # of an adapter keeps. A compiler casts again by itself, and cannot trace the node without a warning.
+        if torch.compiler.is_compiling():
+            return F.linear(rows.to(dtype), router.to(dtype))
+        return _WideLinear.apply(rows, router, dtype)
 
 
 @torch.no_grad()

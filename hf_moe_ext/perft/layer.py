@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import ExpertsSite
 from hf_moe_ext.ops.routed_adapter import routed_adapter
-from hf_moe_ext.ops.routing import choose_experts, expert_weights, router_sums
+from hf_moe_ext.ops.routing import choose_experts, expert_weights, router_logits, router_sums
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.state import PerftState
 from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord, anchor_router, warn_no_weight
@@ -162,10 +162,8 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             # Called past the model. The empty tape keeps the nodes that a recomputation in backward will make.
             warn_no_weight()
             tape = ForwardTape(training=True)
-        dtype = torch.promote_types(torch.promote_types(rows.dtype, router.dtype), torch.float32)
-        # Autocast would run a float32 linear in bfloat16, where near ties of a small router flip.
+        logits = router_logits(rows, router)
         with torch.autocast(rows.device.type, enabled=False):
-            logits = F.linear(rows.to(dtype), router.to(dtype))
             index = choose_experts(logits, settings.top_k)
             if tape is not None:
                 compiling = torch.compiler.is_compiling()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_moe_ext.ops.routed_adapter import choose_path, routed_adapter
 from support import naive
@@ -56,20 +57,35 @@ def test_both_paths_equal_the_loop(tokens, num_experts, top_k, rank, path, kind,
     _compare(*_case(tokens, num_experts, top_k, rank, sentinels=sentinels), kind, path, atol=1e-10)
 
 
+@pytest.mark.parametrize("hidden", [16, 18])
 @pytest.mark.parametrize("rank", [1, 3, 4, 16])
 @pytest.mark.parametrize("kind", ["lora", "parallel"])
-def test_the_grouped_kernel_equals_the_loop_in_float32(kind, rank):
-    # float32 sums of up to 16*3 products of order 10: 1e-4 is a few hundred roundings at that size.
-    case = _case(13, 6, 3, rank, hidden=16, dtype=torch.float32, sentinels=True)
+def test_the_grouped_kernel_equals_the_loop_in_float32(kind, rank, hidden):
+    # float32 sums of up to 18*3 products of order 10: 1e-4 is a few hundred roundings at that size.
+    case = _case(13, 6, 3, rank, hidden=hidden, dtype=torch.float32, sentinels=True)
     _compare(*case, kind, "grouped", atol=1e-4)
 
 
-def test_the_grouped_kernel_runs_in_bfloat16_with_a_rank_it_cannot_align():
-    (hidden, A, B, weights), index, _ = _case(13, 6, 3, 5, hidden=16, sentinels=True)
+@pytest.mark.parametrize("width", [16, 18])
+def test_the_grouped_kernel_runs_in_bfloat16_with_sizes_it_cannot_align(width):
+    (hidden, A, B, weights), index, _ = _case(13, 6, 3, 5, hidden=width, sentinels=True)
     ours = routed_adapter(*(t.bfloat16() for t in (hidden, A, B)), index, weights.bfloat16(), path="grouped")
     theirs = naive.routed_adapter(hidden, index, weights, A, B, scale=1.0, kind="lora")
     # Eight bits of mantissa through two products: a few percent of the largest value.
     assert (ours.double() - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("path", ["dense", "grouped"])
+def test_no_path_reads_a_value_on_the_host(path):
+    """Fake tensors have no values: `.item()`, `.tolist()` and shapes that depend on data raise on them."""
+    dtype = torch.bfloat16  # torch's fake grouped_mm knows no other
+    with FakeTensorMode():
+        hidden, A, B = (torch.empty(*size, dtype=dtype) for size in ((13, 18), (6, 5, 18), (6, 18, 5)))
+        leaves = [t.requires_grad_() for t in (hidden, A, B, torch.empty(13, 3, dtype=dtype))]
+        out = routed_adapter(*leaves[:3], torch.empty(13, 3, dtype=torch.long), leaves[3], path=path)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == hidden.shape
+    assert [g.shape for g in gradients] == [t.shape for t in leaves]
 
 
 @pytest.mark.parametrize("kind", ["lora", "parallel"])
@@ -116,7 +132,17 @@ def test_index_and_weights_come_together(missing):
         routed_adapter(hidden, A, B, **given)
 
 
-def test_the_choice_of_path():
-    assert choose_path(num_experts=8, rank=16, top_k=2, dtype=torch.float32) == "dense"
-    assert choose_path(num_experts=256, rank=64, top_k=8, dtype=torch.float32) == "grouped"
-    assert choose_path(num_experts=256, rank=64, top_k=8, dtype=torch.float64) == "dense"
+@pytest.mark.parametrize(
+    ("num_experts", "rank", "top_k", "dtype", "path"),
+    [
+        (8, 16, 2, torch.float32, "dense"),
+        (64, 4, 8, torch.float32, "dense"),
+        (128, 12, 8, torch.float32, "dense"),
+        (128, 13, 8, torch.float32, "grouped"),
+        (256, 16, 8, torch.bfloat16, "dense"),
+        (256, 17, 8, torch.bfloat16, "grouped"),
+        (256, 64, 8, torch.float64, "dense"),
+    ],
+)
+def test_the_choice_of_path(num_experts, rank, top_k, dtype, path):
+    assert choose_path(num_experts, rank, top_k, dtype) == path

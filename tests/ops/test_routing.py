@@ -8,6 +8,7 @@ from hf_moe_ext.ops.routing import (
     choose_experts,
     expert_weights,
     load_balance_loss,
+    router_logits,
     router_sums,
     router_z_loss,
 )
@@ -84,3 +85,61 @@ def test_a_batch_of_padding_alone_costs_nothing():
     )
     assert load_balance_loss(sums.counts, sums.probabilities, sums.tokens).item() == 0
     assert router_z_loss(sums.squared_lse, sums.tokens).item() == 0
+
+
+def _logits_and_gradients(rows, router, direction, call=router_logits):
+    rows, router = rows.clone().requires_grad_(), router.clone().requires_grad_()
+    logits = call(rows, router)
+    return logits, *torch.autograd.grad(logits, (rows, router), direction.to(logits.dtype))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("router_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_router_logits_are_wide_and_their_gradients_round_only_at_the_end(rows_dtype, router_dtype, autocast):
+    rows, router = torch.randn(7, 5).to(rows_dtype), torch.randn(4, 5).to(router_dtype)
+    direction = torch.randn(7, 4, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):  # around the backward too
+        ours = _logits_and_gradients(rows, router, direction)
+    wide = torch.float64 if torch.float64 in (rows_dtype, router_dtype) else torch.float32
+    assert [value.dtype for value in ours] == [wide, rows_dtype, router_dtype]
+    theirs = _logits_and_gradients(rows.double(), router.double(), direction, torch.nn.functional.linear)
+    atol = {torch.float64: 1e-10, torch.float32: 1e-5}
+    for one, other in zip(ours, theirs, strict=True):
+        # A gradient in half precision is the exact one, rounded once.
+        rtol = 0 if one.dtype in atol else torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one.double(), other, atol=atol.get(one.dtype, 1e-5), rtol=rtol)
+
+
+def test_router_logits_keep_no_wide_copy_of_the_rows():
+    rows = torch.randn(7, 5).bfloat16().requires_grad_()
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        router_logits(rows, torch.randn(4, 5, requires_grad=True))
+    assert {(tuple(t.shape), t.dtype) for t in kept} == {((7, 5), torch.bfloat16), ((4, 5), torch.float32)}
+
+
+def test_router_logits_compile_whole():
+    rows, router, direction = torch.randn(7, 5).bfloat16(), torch.randn(4, 5), torch.randn(7, 4)
+    compiled = torch.compile(router_logits, backend="aot_eager", fullgraph=True)
+    for one, other in zip(
+        _logits_and_gradients(rows, router, direction, compiled),
+        _logits_and_gradients(rows, router, direction),
+        strict=True,
+    ):
+        # A gradient in bfloat16 may round the other way when its products are summed in another order.
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=torch.finfo(one.dtype).eps)
+
+
+def test_router_logits_of_frozen_rows_or_a_frozen_router():
+    rows, router = torch.randn(7, 5).bfloat16(), torch.randn(4, 5)
+    for trained in (rows, router):
+        trained.requires_grad_()
+        router_logits(rows, router).sum().backward()
+        assert [t.grad is not None for t in (rows, router)] == [trained is rows, trained is router]
+        trained.requires_grad_(False).grad = None
