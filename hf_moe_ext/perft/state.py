@@ -236,8 +236,8 @@ def _token_mask(attention_mask: Any, tokens: int) -> Tensor | None:
 
 def _restarts(position_ids: Any, attention_mask: Any) -> bool:
     """Whether a row holds several sequences: a real token at position 0 after another 0 and something else."""
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
-        return False
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return False  # one token, as in decoding, needs no look at its value, which would wait for the device
     starts = position_ids == 0
     if isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape:
         starts = starts & attention_mask.bool()
