@@ -59,6 +59,7 @@ def run_program(command: Sequence[str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        os.execve(program, list(command), startup_environment(os.environ))
+        # The whole path: a Python started under a bare name looks itself up on PATH, and may find another one.
+        os.execve(program, [program, *command[1:]], startup_environment(os.environ))
     except OSError as error:
         raise CommandError(f"{program} cannot be started: {error.strerror}") from error
