@@ -48,18 +48,27 @@ def test_spawned_workers_know_the_type(tmp_path):
     assert start("--", "python", str(script)).stdout == "[True]\n"
 
 
-def test_accelerate_launch_passes_it_on(tmp_path):
+LAUNCHERS = {
+    "accelerate": (
+        "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no",
+        1,
+    ),
+    "torchrun": ("torchrun --nproc_per_node 2 --master_addr 127.0.0.1 --master_port 0", 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_pass_it_on_to_every_rank(name, tmp_path):
+    command, ranks = LAUNCHERS[name]
     script = tmp_path / "rank.py"
     script.write_text(
-        "import sys\nfrom accelerate import PartialState\n"
-        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as t\n"
-        "rank = PartialState().process_index\nopen(f'{sys.argv[1]}/rank{rank}', 'w').write(t['PERFT'].__name__)\n"
+        "import os, sys\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as t\n"
+        "open(f'{sys.argv[1]}/rank' + os.environ.get('RANK', '0'), 'w').write(t['PERFT'].__name__)\n"
     )
-    launch = ("accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
-    result = start("--", *launch, "--main_process_port", "0", "--dynamo_backend", "no", str(script), str(tmp_path))
+    result = start("--", *command.split(), str(script), str(tmp_path))
     assert result.returncode == 0, result.stderr
-    written = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
-    assert written == ["PerftModel", "PerftModel"]
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(ranks)] == ["PerftModel"] * ranks
 
 
 def test_a_console_script_of_this_environment_needs_no_path():
@@ -84,10 +93,7 @@ def test_exit_code_and_standard_streams_are_the_programs():
     [(signal.SIGINT, 3, "interrupted\n"), (signal.SIGTERM, -signal.SIGTERM, ""), (signal.SIGKILL, -signal.SIGKILL, "")],
 )
 def test_signals_reach_the_program(number, returncode, words):
-    code = (
-        "import sys, time\nprint('ready', flush=True)\n"
-        "try: time.sleep(120)\nexcept KeyboardInterrupt: print('interrupted', flush=True); sys.exit(3)\n"
-    )
+    code = "import sys, time\ntry: print('ready', flush=True); time.sleep(120)\nexcept KeyboardInterrupt: print('interrupted', flush=True); sys.exit(3)\n"
     with subprocess.Popen([*RUN, "--", "python", "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -13,7 +13,9 @@ def _import_the_package() -> None:
         import hf_moe_ext  # noqa: F401 - importing it is what registers our types
     except ModuleNotFoundError as error:
         # Another environment's Python. Its program may need us or not; it must run, and must not be silently without.
-        print(f"hf-moe run: {sys.executable} cannot import {error.name}, so it knows no PERFT adapters", file=sys.stderr)
+        print(
+            f"hf-moe run: {sys.executable} cannot import {error.name}, so it knows no PERFT adapters", file=sys.stderr
+        )
 
 
 def _run_the_next_sitecustomize() -> None:

@@ -34,7 +34,9 @@ def left_padded(rows):
     width = max(len(row) for row in rows)
     padding = [torch.full((width - len(row),), zoo.PAD_ID) for row in rows]
     ids = torch.stack([torch.cat(pair) for pair in zip(padding, rows, strict=True)])
-    mask = torch.stack([torch.cat([p.new_zeros(len(p)), torch.ones_like(r)]) for p, r in zip(padding, rows, strict=True)])
+    mask = torch.stack(
+        [torch.cat([p.new_zeros(len(p)), torch.ones_like(r)]) for p, r in zip(padding, rows, strict=True)]
+    )
     return {"input_ids": ids, "attention_mask": mask}
 
 
