@@ -108,6 +108,28 @@ def doctor(
     raise typer.Exit(0 if diagnosis.ok else 1)
 
 
+@app.command(
+    short_help="Run another program with our adapter types known to it.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="A program and its arguments.")],
+) -> None:
+    """Run another program with PERFT adapters known to every Python in it, its children too.
+
+    Examples: hf-moe run -- transformers serve FOLDER; hf-moe run -- lm_eval --model hf --model_args
+    pretrained=MODEL,peft=ADAPTER --tasks TASK; hf-moe run -- python script.py; hf-moe run -- accelerate launch
+    script.py. Exit code: the program's own; 2 if there is no such program.
+    """
+    from hf_moe_ext.launch import CommandError, run_program
+
+    try:
+        run_program(command)
+    except CommandError as error:
+        typer.echo(f"hf-moe run: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
 def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str, Any]:
     """The options the user wrote; those left out keep the default of the class they are passed to."""
     given = {name: value for name, value in context.params.items() if name not in besides and value is not None}

@@ -1,11 +1,13 @@
 """``sum_n w[t, n] * B[i] act(A[i] h[t])`` with ``i = index[t, n]``: the one primitive under every PERFT variant.
 
-Two ways to the same numbers:
+Three ways to the same numbers:
 
 * dense-masked: all experts' bottlenecks in one GEMM, the gate scattered over them, one GEMM back. No gather, no sort,
   no data-dependent shape; ``4 tokens M r hidden`` FLOP and ``tokens * M * r`` activations.
 * grouped: token-expert pairs sorted by expert, two grouped GEMMs. ``4 tokens top_k r hidden`` FLOP, but it moves
   ``tokens * top_k * hidden`` values through memory four times (gather, scatter, and both again backwards).
+* gathered: the chosen experts' matrices are copied out, pair by pair, for batched GEMMs. For the few tokens of a decoding
+  step, which use few of many experts; reading the others' weights is then most of the dense work.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
-Path = Literal["dense", "grouped"]
+Path = Literal["dense", "grouped", "gathered"]
 
 # Dense-masked work per token is 4*M*r*hidden FLOP, grouped moves about 8*top_k*hidden values instead: hidden cancels,
 # so the choice hangs on M*r/top_k and on how many FLOP the device does per value moved. Forward and backward on one CPU
@@ -63,7 +65,7 @@ def routed_adapter(
         activation: applied to the bottleneck (parallel adapter); None for LoRA.
         dropout: probability; on the input of a LoRA adapter (one mask per token, shared by its experts), on the
             bottleneck before the activation of a parallel adapter.
-        path: "dense" or "grouped"; None chooses.
+        path: "dense", "grouped" or "gathered"; None chooses.
 
     Returns:
         [tokens, hidden] in the dtype of ``hidden``. A and B are cast to it, as autocast would.
@@ -73,14 +75,20 @@ def routed_adapter(
     """
     if (index is None) != (weights is None):
         raise ValueError("index and weights come together: pass both, or neither for all adapters with weight 1")
-    A, B = A.to(hidden.dtype), B.to(hidden.dtype)
     if activation is None and dropout > 0:
         hidden, dropout = F.dropout(hidden, dropout), 0.0
     if index is None or weights is None:
-        return _dense(hidden, A, B, None, scale, activation, dropout)
+        return _dense(hidden, A.to(hidden.dtype), B.to(hidden.dtype), None, scale, activation, dropout)
     num_experts, rank, _ = A.shape
     weights = weights.to(hidden.dtype)
     index = torch.where((index < 0) | (index > num_experts), num_experts, index)
+    # Decoding: gathering reads and writes a pair's matrices, twice what dense reads of an expert. Not in training, where
+    # the backward would scatter them back.
+    if path is None and not torch.is_grad_enabled() and 4 * index.numel() <= num_experts:
+        path = "gathered"
+    if path == "gathered":
+        return _gathered(hidden, A, B, index, weights, scale, activation, dropout)
+    A, B = A.to(hidden.dtype), B.to(hidden.dtype)
     if (path or choose_path(num_experts, rank, index.shape[1], hidden.dtype)) == "grouped":
         return _grouped(hidden, A, B, index, weights, scale, activation, dropout)
     gate = hidden.new_zeros(hidden.shape[0], num_experts + 1).scatter_add(1, index, weights)[:, :num_experts]
@@ -101,7 +109,13 @@ def _dense(
     if gate is not None:
         bottleneck = (bottleneck.view(-1, num_experts, rank) * gate[:, :, None]).view(-1, num_experts * rank)
     # The scale goes on the small tensor, not on [tokens, hidden].
-    return (bottleneck * scale) @ B.transpose(1, 2).reshape(num_experts * rank, width)
+    bottleneck = bottleneck * scale
+    if not torch.is_grad_enabled() and hidden.shape[0] <= rank:
+        # Decoding: laying out B anew for one GEMM moves num_experts * rank * hidden values, a GEMM per expert and their
+        # sum num_experts * tokens * hidden.
+        per_expert = bottleneck.view(-1, num_experts, rank).transpose(0, 1)
+        return torch.bmm(per_expert, B.transpose(1, 2)).sum(dim=0)
+    return bottleneck @ B.transpose(1, 2).reshape(num_experts * rank, width)
 
 
 def _grouped(
@@ -131,6 +145,26 @@ def _grouped(
     # Gather back and sum over choices: unlike index_add this is deterministic on an accelerator.
     back = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     return pairs[back].view(*index.shape, width + width_padding).sum(dim=1)[:, :width]
+
+
+def _gathered(
+    hidden: Tensor,
+    A: Tensor,
+    B: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    scale: float,
+    activation: Activation | None,
+    dropout: float,
+) -> Tensor:
+    num_experts, rank, width = A.shape
+    tokens, top_k = index.shape
+    weights = torch.where(index < num_experts, weights, 0.0) * scale  # a sentinel borrows the last expert, for nothing
+    chosen = index.clamp(max=num_experts - 1).reshape(-1)
+    A, B = A[chosen].to(hidden.dtype), B[chosen].to(hidden.dtype)
+    bottleneck = A.view(tokens, top_k * rank, width) @ hidden[:, :, None]
+    bottleneck = _activate(bottleneck.view(tokens * top_k, rank), activation, dropout) * weights.reshape(-1, 1)
+    return (B @ bottleneck[:, :, None]).view(tokens, top_k, width).sum(dim=1)
 
 
 def _activate(bottleneck: Tensor, activation: Activation | None, dropout: float) -> Tensor:

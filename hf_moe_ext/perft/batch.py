@@ -69,8 +69,8 @@ def is_packed(inputs: dict[str, Any]) -> bool:
     if any(inputs.get(name) is not None for name in (*_CUMULATIVE_LENGTHS, "seq_idx")):
         return True
     positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.ndim != 2:
-        return False
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] < 2:
+        return False  # one token, as in decoding, needs no look at its value, which would wait for the device
     starts = positions == 0
     if isinstance(mask, Tensor) and mask.shape == positions.shape:
         starts = starts & mask.bool()

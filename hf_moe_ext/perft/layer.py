@@ -187,7 +187,9 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         tokens = tape.num_tokens // len(names)
         delta = torch.zeros_like(_autocast(rows))
         for name in sorted(set(names) & set(self.settings)):
-            chosen = torch.tensor([row == name for row in names], device=rows.device).repeat_interleave(tokens)
+            # Numbers, not a mask: the shapes are known beforehand, so nothing waits for the device or breaks a graph.
+            first = torch.tensor([row * tokens for row, own in enumerate(names) if own == name], device=rows.device)
+            chosen = (first[:, None] + torch.arange(tokens, device=rows.device)).reshape(-1)
             delta[chosen] = self._delta(name, rows[chosen], index[chosen], weights[chosen], None)
         return delta
 

@@ -213,6 +213,19 @@ class PerftModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching by Transformers with the active adapters.
+
+        Raises:
+            ValueError: ``adapter_names`` given: its batches are packed, and it would ignore them.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names needs one sequence per row, and generate_batch packs sequences into one row; use "
+                "generate() with adapter_names, or set_adapter() and generate_batch once per adapter"
+            )
+        return self.model.generate_batch(*args, **kwargs)
+
     def _check_adapter_names(self, names: Any) -> list[str]:
         if not isinstance(names, list | tuple):
             raise TypeError(

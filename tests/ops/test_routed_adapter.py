@@ -1,4 +1,4 @@
-"""The dense-masked and the grouped path against the loop, on awkward sizes."""
+"""The dense-masked, the grouped and the gathered path against the loop, on awkward sizes."""
 
 import pytest
 import torch
@@ -49,12 +49,38 @@ def _compare(leaves, index, direction, kind, path, atol):
 
 @pytest.mark.parametrize("sentinels", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "parallel"])
-@pytest.mark.parametrize("path", ["dense", "grouped"])
+@pytest.mark.parametrize("path", ["dense", "grouped", "gathered"])
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "top_k", "rank"), [(1, 1, 1, 1), (1, 4, 2, 3), (9, 4, 1, 4), (9, 4, 4, 2), (13, 6, 3, 5)]
 )
-def test_both_paths_equal_the_loop(tokens, num_experts, top_k, rank, path, kind, sentinels):
+def test_every_path_equals_the_loop(tokens, num_experts, top_k, rank, path, kind, sentinels):
     _compare(*_case(tokens, num_experts, top_k, rank, sentinels=sentinels), kind, path, atol=1e-10)
+
+
+@pytest.mark.parametrize("sentinels", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "parallel"])
+@pytest.mark.parametrize("num_experts", [3, 40])  # 40 are many for 1 or 4 tokens, and gathered is chosen
+@pytest.mark.parametrize("tokens", [1, 4, 5, 9])  # up to rank, the dense path has a second form
+def test_without_gradients_it_equals_the_loop(tokens, num_experts, kind, sentinels):
+    (hidden, A, B, weights), index, _ = _case(tokens, num_experts, 2, 4, sentinels=sentinels)
+    activation = F.silu if kind == "parallel" else None
+    theirs = naive.routed_adapter(hidden, index, weights, A, B, scale=SCALES[kind], kind=kind)
+    everyone = naive.routed_adapter(hidden, None, None, A, B, scale=SCALES[kind], kind=kind)
+    with torch.no_grad():
+        ours = routed_adapter(hidden, A, B, index, weights, scale=SCALES[kind], activation=activation)
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+        ours = routed_adapter(hidden, A, B, scale=SCALES[kind], activation=activation)
+        torch.testing.assert_close(ours, everyone, atol=1e-10, rtol=0)
+
+
+def test_the_gathered_path_casts_adapters_to_the_dtype_of_its_input():
+    (hidden, A, B, weights), index, _ = _case(2, 40, 2, 4)
+    with torch.no_grad():
+        ours = routed_adapter(hidden.bfloat16(), A, B, index, weights)
+    theirs = naive.routed_adapter(hidden, index, weights, A, B, scale=1.0, kind="lora")
+    assert ours.dtype == torch.bfloat16
+    # Eight bits of mantissa through two products: a few percent of the largest value.
+    assert (ours.double() - theirs).abs().max() < 0.05 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("hidden", [16, 18])
