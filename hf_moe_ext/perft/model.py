@@ -22,7 +22,7 @@ from hf_moe_ext.host.families import FAMILIES, normalizes_top_k
 from hf_moe_ext.perft.adapter_files import KEY_PREFIX
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
-from hf_moe_ext.perft.report import describe_trainable
+from hf_moe_ext.perft.report import describe_trainable, warn_unquantised
 from hf_moe_ext.perft.state import PerftState, describe_key_mismatch
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class PerftModel(BaseTuner):
         if state is not None and config.from_file:
             state.fresh.add(adapter_name)
         logger.info("PERFT adapter %r attached.\n%s", adapter_name, describe_trainable(model, adapter_name))
+        warn_unquantised(model)
 
     def _resolve_targets(self, model: nn.Module, config: PerftConfig) -> None:
         """Fill ``target_modules`` and refuse what cannot be served, before anything is changed."""
