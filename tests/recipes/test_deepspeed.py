@@ -59,4 +59,6 @@ def test_two_ranks_train_save_and_resume_what_one_process_trains(stage, variant,
         two = load_file(tmp_path / "two" / folder / "adapter_model.safetensors")
         assert two.keys() == one.keys()
         for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{folder} {n}: {m}")
+            torch.testing.assert_close(
+                two[name], tensor, atol=1e-5, rtol=0, msg=lambda m, n=f"{folder} {name}": f"{n}: {m}"
+            )
