@@ -24,7 +24,7 @@ from hf_moe_ext.perft.base_router import BaseRouterLayer
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.gradient_sync import broadcast, check_attachable, is_distributed
 from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
-from hf_moe_ext.perft.report import describe_trainable
+from hf_moe_ext.perft.report import describe_trainable, warn_unquantised
 from hf_moe_ext.perft.state import PerftState, describe_key_mismatch
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class PerftModel(BaseTuner):
                 [p for name, p in model.named_parameters() if ".perft_" in name and name.endswith(f".{adapter_name}")]
             )
         logger.info("PERFT adapter %r attached.\n%s", adapter_name, describe_trainable(model, adapter_name))
+        warn_unquantised(model)
 
     def _resolve_targets(self, model: nn.Module, config: PerftConfig) -> None:
         """Fill ``target_modules`` and refuse what cannot be served, before anything is changed."""

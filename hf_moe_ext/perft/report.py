@@ -1,12 +1,14 @@
 """What a PERFT adapter trains, per module, with counts: shown when it is attached and by ``hf-moe doctor``."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from hf_moe_ext.host.families import active_experts
+from hf_moe_ext.host.quantization import UnquantisedExperts, unquantised_experts
 from hf_moe_ext.perft.base_router import BaseRouterLayer
 from hf_moe_ext.perft.layer import PerftLayer
 
@@ -91,7 +93,7 @@ def count_trainable(model: nn.Module, adapter: str = "default") -> tuple[int, in
 
 
 def describe_trainable(model: nn.Module, adapter: str = "default") -> str:
-    """The rows as text, with the totals and what else of the model trains."""
+    """The rows as text, with the totals, what else of the model trains, and what of a quantised base is not quantised."""
     rows = trainable_rows(model, adapter)
     lines = [
         f"  {row.module}: "
@@ -107,4 +109,38 @@ def describe_trainable(model: nn.Module, adapter: str = "default") -> str:
     )
     if others:
         lines.append(f"  also trainable: {', '.join(others[:8])}{', ...' if len(others) > 8 else ''}")
+    left = unquantised_experts(model)
+    if left is not None:
+        lines.append(f"  experts not quantised: {_describe_left(left)}")
     return "\n".join(lines)
+
+
+def warn_unquantised(model: nn.Module) -> None:
+    """Warn where the experts that a quantiser left in full precision are most of the model; the report names all.
+
+    Args:
+        model: the base model, with adapters or without.
+    """
+    left = unquantised_experts(model)
+    if left is None or left.share <= 0.5:
+        return
+    warnings.warn(
+        f"PERFT: the base model was quantised with {left.method}, but its experts were not: {_describe_left(left)}. "
+        "The adapter trains all the same, the memory is not saved. Quantise the experts if your method can, or plan for "
+        "these bytes; peft.prepare_model_for_kbit_training may turn them into float32 (it does for bitsandbytes), and "
+        "PERFT does not need it: gradient_checkpointing=True in the training arguments is enough",
+        stacklevel=2,
+    )
+
+
+def format_bytes(size: int) -> str:
+    """Decimal units, as disks and model pages count: 1 MB = 1,000,000 bytes."""
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _describe_left(left: UnquantisedExperts) -> str:
+    share = f"{format_bytes(left.expert_bytes)} of the model's {format_bytes(left.model_bytes)}"
+    return f"{left.describe_tensors()}: {share} ({left.share:.0%})"

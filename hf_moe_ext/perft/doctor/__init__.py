@@ -63,7 +63,7 @@ def _diagnose_model(target: str, options: dict[str, Any]) -> Diagnosis:
         diagnosis.settings = settings_as_dict(config)
         tensors = attach(model, config, diagnosis)
         diagnosis.file_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        diagnosis.findings.extend(check_base(base_config))
+        diagnosis.findings.extend(check_base(base_config, model))
     except FindingError as stop:
         diagnosis.findings.append(stop.finding)
     return diagnosis
@@ -153,7 +153,7 @@ def _compare_with_base(
     if any(finding.level == "error" for finding in mismatches):
         diagnosis.rows, diagnosis.also_trains = saved  # what the file holds, not what this base model would need
     diagnosis.findings.extend(mismatches)
-    diagnosis.findings.extend(check_base(base_config))
+    diagnosis.findings.extend(check_base(base_config, model))
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

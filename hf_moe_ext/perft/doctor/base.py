@@ -20,7 +20,9 @@ from transformers import (
 
 from hf_moe_ext.host.blocks import ExpertsSite
 from hf_moe_ext.host.families import BY_KEY, FAMILIES, active_experts, normalizes_top_k
+from hf_moe_ext.host.quantization import expert_weights, quantises_linear_only, quantization_method, stored_bytes
 from hf_moe_ext.perft.doctor.diagnosis import BaseSummary, Finding, FindingError, TargetError
+from hf_moe_ext.perft.report import format_bytes
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -111,9 +113,6 @@ def summarize_base(source: str, config: PreTrainedConfig, model: nn.Module) -> B
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
     return BaseSummary(
         source=source,
         model_class=type(model).__name__,
@@ -121,7 +120,7 @@ def summarize_base(source: str, config: PreTrainedConfig, model: nn.Module) -> B
         parameters=sum(sizes.values()),
         dtype=str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch."),
         weight_bytes=sum(count * dtype.itemsize for dtype, count in sizes.items()),
-        quantization=str(quantization.get("quant_method", "unnamed method")) if quantization else None,
+        quantization=quantization_method(config),
     )
 
 
@@ -142,8 +141,35 @@ def describe_router(site: ExpertsSite, model_config: Any) -> str:
     return f"{config.model_type}, {chosen}; {rule} ({source}){scaled}"
 
 
-def check_base(config: PreTrainedConfig) -> list[Finding]:
-    """Settings of the base model that disturb the training of adapters."""
+def check_base(config: PreTrainedConfig, model: nn.Module) -> list[Finding]:
+    """Settings of the base model that disturb the training of adapters, or cost more than they seem to.
+
+    Args:
+        config: the base model's.
+        model: built from it, with an adapter or without.
+    """
+    return _check_aux_loss(config) + _check_quantization(config, model)
+
+
+def _check_quantization(config: PreTrainedConfig, model: nn.Module) -> list[Finding]:
+    weights = [tensor for _, _, tensor in expert_weights(model)]
+    if not quantises_linear_only(config) or not weights:
+        return []
+    dtype = str(weights[0].dtype).removeprefix("torch.")
+    size = format_bytes(sum(stored_bytes(weight) for weight in weights))
+    return [
+        Finding(
+            "warning",
+            "experts-not-quantised",
+            f"the configuration says {quantization_method(config)}-quantised, but Transformers quantises linear layers with it, and the experts "
+            f"of this model are fused tensors: all {len(weights)} of them stay {dtype}, {size} of the base weights. This is "
+            "read off the configuration; what is in memory is said when the adapter is attached",
+            "plan for these bytes, or take a checkpoint or method that quantises the experts",
+        )
+    ]
+
+
+def _check_aux_loss(config: PreTrainedConfig) -> list[Finding]:
     text_config: Any = config.get_text_config()
     coefficient = getattr(text_config, "router_aux_loss_coef", None)
     if not getattr(text_config, "output_router_logits", False) or coefficient == 0:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_moe_ext.perft.doctor.diagnosis import TRAINING_BYTES_PER_PARAMETER, Diagnosis, Finding
-from hf_moe_ext.perft.report import TrainableRow
+from hf_moe_ext.perft.report import TrainableRow, format_bytes
 
 _BESIDE_SHOWN = 4
 
@@ -23,14 +23,6 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     if diagnosis.router is not None:
         _print_router(diagnosis, console)
     _print_findings(diagnosis.findings, console)
-
-
-def format_bytes(size: int) -> str:
-    """Decimal units, as disks and model pages count: 1 MB = 1,000,000 bytes."""
-    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.95 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{size} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def group_rows(rows: list[TrainableRow]) -> list[tuple[str, list[TrainableRow]]]:
