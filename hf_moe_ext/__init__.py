@@ -12,6 +12,7 @@ from hf_moe_ext import registry
 
 if TYPE_CHECKING:
     from hf_moe_ext.perft import PerftConfig, PerftModel
+    from hf_moe_ext.perft.calibration import choose_experts_to_adapt
     from hf_moe_ext.perft.groups import param_groups
     from hf_moe_ext.perft.report import count_trainable
     from hf_moe_ext.perft.router_load import RouterLoadCallback, record_router_load
@@ -22,6 +23,7 @@ _EXPORTS = {
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
+    "choose_experts_to_adapt": "hf_moe_ext.perft.calibration",
     "count_trainable": "hf_moe_ext.perft.report",
     "param_groups": "hf_moe_ext.perft.groups",
     "record_router_load": "hf_moe_ext.perft.router_load",
@@ -31,6 +33,7 @@ __all__ = [
     "PerftModel",
     "RouterLoadCallback",
     "__version__",
+    "choose_experts_to_adapt",
     "count_trainable",
     "param_groups",
     "record_router_load",

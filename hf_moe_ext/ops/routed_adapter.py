@@ -56,7 +56,7 @@ def routed_adapter(
 
     Args:
         hidden: [tokens, hidden] block input.
-        A: [num_experts, r, hidden] down projections.
+        A: [num_experts, r, hidden] down projections, or [1, r, hidden]: one that all experts share.
         B: [num_experts, hidden, r] up projections.
         index: [tokens, top_k] adapter ids; ids outside ``0..num_experts-1`` are sentinels and contribute nothing.
             None: every adapter serves every token with weight 1.
@@ -79,7 +79,7 @@ def routed_adapter(
         hidden, dropout = F.dropout(hidden, dropout), 0.0
     if index is None or weights is None:
         return _dense(hidden, A.to(hidden.dtype), B.to(hidden.dtype), None, scale, activation, dropout)
-    num_experts, rank, _ = A.shape
+    num_experts, _, rank = B.shape
     weights = weights.to(hidden.dtype)
     index = torch.where((index < 0) | (index > num_experts), num_experts, index)
     # Decoding: gathering reads and writes a pair's matrices, twice what dense reads of an expert. Not in training, where
@@ -104,10 +104,13 @@ def _dense(
     activation: Activation | None,
     dropout: float,
 ) -> Tensor:
-    num_experts, rank, width = A.shape
-    bottleneck = _activate(F.linear(hidden, A.reshape(num_experts * rank, width)), activation, dropout)
+    num_experts, width, rank = B.shape
+    bottleneck = _activate(F.linear(hidden, A.reshape(-1, width)), activation, dropout)
     if gate is not None:
-        bottleneck = (bottleneck.view(-1, num_experts, rank) * gate[:, :, None]).view(-1, num_experts * rank)
+        # [tokens, 1, r] where the experts share one A.
+        bottleneck = (bottleneck.view(-1, A.shape[0], rank) * gate[:, :, None]).view(-1, num_experts * rank)
+    elif A.shape[0] < num_experts:
+        bottleneck = bottleneck.repeat(1, num_experts)
     # The scale goes on the small tensor, not on [tokens, hidden].
     bottleneck = bottleneck * scale
     if not torch.is_grad_enabled() and hidden.shape[0] <= rank:
@@ -128,7 +131,7 @@ def _grouped(
     activation: Activation | None,
     dropout: float,
 ) -> Tensor:
-    num_experts, rank, width = A.shape
+    num_experts, width, rank = B.shape
     # One more expert of zeros serves the sentinels, so that every row belongs to a group: the kernel leaves rows
     # outside all groups uninitialised, forward and backward. Both widths are padded to the 16 bytes the kernel asks for.
     rank_padding, width_padding = (-size % (16 // hidden.element_size()) for size in (rank, width))
@@ -139,7 +142,11 @@ def _grouped(
     group_sizes = pair_expert.new_zeros(num_experts + 1).scatter_add(0, pair_expert, torch.ones_like(pair_expert))
     ends = group_sizes.cumsum(0).to(torch.int32)
 
-    bottleneck = _grouped_matmul(hidden[order // index.shape[1]], A.transpose(1, 2), ends)
+    token = order // index.shape[1]
+    if len(B) - 1 > len(A) - 1 == 1:  # shared: once per token, then copied to its pairs
+        bottleneck = F.linear(hidden, A[0])[token]
+    else:
+        bottleneck = _grouped_matmul(hidden[token], A.transpose(1, 2), ends)
     bottleneck = _activate(bottleneck, activation, dropout) * (weights.reshape(-1)[order] * scale)[:, None]
     pairs = _grouped_matmul(bottleneck, B.transpose(1, 2), ends)
     # Gather back and sum over choices: unlike index_add this is deterministic on an accelerator.
@@ -157,8 +164,9 @@ def _gathered(
     activation: Activation | None,
     dropout: float,
 ) -> Tensor:
-    num_experts, rank, width = A.shape
+    num_experts, width, rank = B.shape
     tokens, top_k = index.shape
+    A = A.expand(num_experts, rank, width)
     weights = torch.where(index < num_experts, weights, 0.0) * scale  # a sentinel borrows the last expert, for nothing
     chosen = index.clamp(max=num_experts - 1).reshape(-1)
     A, B = A[chosen].to(hidden.dtype), B[chosen].to(hidden.dtype)

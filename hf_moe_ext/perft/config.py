@@ -47,6 +47,10 @@ class PerftConfig(PeftConfig):
         top_k: adapters per token (R; default 2, or 1 with one adapter).
         normalize_top_k: R: divide the chosen weights by their sum. None follows the base model's router (see
             ``hf_moe_ext.host.families``), but never at ``top_k=1``, where it would cut the router's gradient.
+        expert_ids: E: the experts that get an adapter, for models of 128 experts and more: a list for every layer, or
+            experts module -> list; see ``choose_experts_to_adapt``. None: all.
+        shared_A: R, E, D: one A for all experts of a layer, a B for each (as HydraLoRA, arXiv 2404.19245, shares it): about
+            half the parameters.
         router_aux_loss_coef: R: weight of the adapter router's load-balance loss (default 0.01).
         router_z_loss_coef: R: weight of its z-loss (default 0).
         router_aux_loss_scope: R: the tokens over which both are taken: "batch" (default; the micro-batch, all layers
@@ -81,6 +85,8 @@ class PerftConfig(PeftConfig):
     num_experts: int | None = None
     top_k: int | None = None
     normalize_top_k: bool | None = None
+    expert_ids: list[int] | dict[str, list[int]] | None = None
+    shared_A: bool = False
     router_aux_loss_coef: float | None = None
     router_z_loss_coef: float | None = None
     router_aux_loss_scope: Literal["batch", "sequence", "global"] | None = None
@@ -113,6 +119,7 @@ class PerftConfig(PeftConfig):
         else:
             _refuse_router(self)
         _resolve_base_router(self)
+        _check_experts(self)
         _check_version(self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -250,6 +257,27 @@ def _resolve_base_router(config: PerftConfig) -> None:
     _check_number(
         "base_router_drift_coef", config.base_router_drift_coef, float, "a number of at least 0", lambda v: v >= 0
     )
+
+
+def _check_experts(config: PerftConfig) -> None:
+    if config.shared_A not in (True, False):
+        raise ValueError(f"PerftConfig: shared_A must be True or False; got {config.shared_A!r}")
+    if config.shared_A and (config.variant == "S" or config.num_experts == 1):
+        raise ValueError("PerftConfig: shared_A=True needs several adapters per layer to share it; leave it out")
+    if config.expert_ids is None:
+        return
+    if config.variant != "E":
+        raise ValueError(
+            f"PerftConfig: expert_ids chooses among the base model's experts; variant={config.variant!r} has adapters of "
+            "its own. Leave it out, or choose variant='E'"
+        )
+    lists = config.expert_ids.values() if isinstance(config.expert_ids, dict) else [config.expert_ids]
+    for ids in lists:
+        whole = isinstance(ids, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if not whole or not ids or len(set(ids)) < len(ids) or min(ids) < 0:
+            raise ValueError(
+                f"PerftConfig: expert_ids must be lists of different whole numbers of at least 0, none empty; got {ids!r}"
+            )
 
 
 def _refuse_router(config: PerftConfig) -> None:

@@ -39,19 +39,21 @@ class AdapterSettings:
     dropout: float
     top_k: int = 0
     normalize: bool = False
+    shared_A: bool = False
+    expert_ids: tuple[int, ...] | None = None
     coefficients: RouterCoefficients = field(default_factory=RouterCoefficients)
 
 
 class PerftLayer(nn.Module, BaseTunerLayer):
     """Wraps the ``experts`` of one block.
 
-    Parameters, one per adapter name: ``perft_A`` [num_experts, r, hidden], ``perft_B`` [num_experts, hidden, r],
+    Parameters, one per adapter name: ``perft_A`` [num_experts, r, hidden] (or [1, r, hidden], shared), ``perft_B`` [num_experts, hidden, r],
     ``perft_router`` [num_experts, hidden] (R only). They are float32 whatever the base model's precision, unless
     ``autocast_adapter_dtype=False`` asks PEFT for the base's.
     """
 
     adapter_layer_names = ("perft_A", "perft_B", "perft_router")
-    other_param_names = ("settings",)
+    other_param_names = ("settings", "adapter_of_expert")
 
     def __init__(self, base_layer: nn.Module, site: ExpertsSite, state: PerftState) -> None:
         super().__init__()
@@ -60,6 +62,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.perft_B = nn.ParameterDict()
         self.perft_router = nn.ParameterDict()
         self.settings: dict[str, AdapterSettings] = {}
+        self.adapter_of_expert: dict[str, Tensor] = {}
         self.state = state
         self.record: RouterRecord = state.record_of(site.name)
         self.site_name = site.name
@@ -79,10 +82,12 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-        self.perft_A[name] = empty(num_experts, rank, hidden_size)
+        self.perft_A[name] = empty(1 if settings.shared_A else num_experts, rank, hidden_size)
         self.perft_B[name] = empty(num_experts, hidden_size, rank)
         if settings.variant == "R":
             self.perft_router[name] = empty(num_experts, hidden_size)
+        if settings.expert_ids is not None:
+            self.adapter_of_expert[name] = _number_adapters(settings.expert_ids, self.base_num_experts)
         self.state.set_coefficients(name, settings.coefficients)
         self.reset_parameters(name, init_weights)
         self._move_adapter_to_device_of_base_layer(name)
@@ -142,7 +147,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         if settings.variant == "R":
             idx, w = self._route(name, rows, tape)
         elif settings.variant == "E":
-            idx, w = index, weights
+            idx, w = self._adapters_of(name, index), weights
         else:
             idx, w = None, None
         return routed_adapter(
@@ -176,6 +181,15 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                 if tape.training and settings.coefficients and not compiling:
                     logits = anchor_router(logits, index, tape, name, self.site_name)
             return index, expert_weights(logits, index, settings.normalize)
+
+    def _adapters_of(self, name: str, index: Tensor) -> Tensor:
+        """The adapters of the experts in ``index`` [tokens, top_k]; a sentinel for an expert that has none."""
+        if name not in self.adapter_of_expert:
+            return index
+        table = self.adapter_of_expert[name]
+        if table.device != index.device:  # no buffer: PEFT would save it, and the meta device would lose it
+            table = self.adapter_of_expert[name] = table.to(index.device)
+        return table[torch.where((index < 0) | (index >= self.base_num_experts), self.base_num_experts, index)]
 
     def _mixed_delta(self, tape: ForwardTape, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         names = tape.row_adapters or []
@@ -236,7 +250,12 @@ class PerftLayer(nn.Module, BaseTunerLayer):
 
 
 def resolve_settings(
-    config: PerftConfig, rank: int, alpha: float, base_num_experts: int, normalize: bool
+    config: PerftConfig,
+    rank: int,
+    alpha: float,
+    base_num_experts: int,
+    normalize: bool,
+    expert_ids: tuple[int, ...] | None = None,
 ) -> AdapterSettings:
     """Settings of one adapter on one block.
 
@@ -246,8 +265,11 @@ def resolve_settings(
         alpha: its lora_alpha on this block.
         base_num_experts: experts of the block; E has as many adapters.
         normalize: R: whether weights are renormalised (``normalize_top_k`` or the base model's rule).
+        expert_ids: E: the experts that get an adapter; None: all.
     """
     num_experts = {"E": base_num_experts, "S": 1}.get(config.variant, config.num_experts or 1)
+    if expert_ids is not None:
+        num_experts = len(expert_ids)
     return AdapterSettings(
         variant=config.variant,
         kind=config.adapter,
@@ -257,6 +279,8 @@ def resolve_settings(
         dropout=config.lora_dropout,
         top_k=config.top_k or 0,
         normalize=normalize,
+        shared_A=config.shared_A,
+        expert_ids=expert_ids,
         coefficients=RouterCoefficients(
             load_balance=config.router_aux_loss_coef or 0.0,
             z=config.router_z_loss_coef or 0.0,
@@ -264,6 +288,13 @@ def resolve_settings(
             drift=config.base_router_drift_coef or 0.0,
         ),
     )
+
+
+def _number_adapters(expert_ids: tuple[int, ...], base_num_experts: int) -> Tensor:
+    """[base_num_experts + 1] the adapter of each expert and of the sentinel; ``len(expert_ids)`` where there is none."""
+    table = torch.full((base_num_experts + 1,), len(expert_ids))
+    table[list(expert_ids)] = torch.arange(len(expert_ids))
+    return table
 
 
 def _parameter_device_and_dtype(experts: nn.Module) -> tuple[torch.device | None, torch.dtype]:

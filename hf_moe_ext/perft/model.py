@@ -125,7 +125,8 @@ class PerftModel(BaseTuner):
             normalize = config.normalize_top_k
             if normalize is None:
                 normalize = normalizes_top_k(site.experts, getattr(model, "config", None))
-        return resolve_settings(config, rank, alpha, site.num_experts, bool(normalize))
+        expert_ids = _expert_ids(config, name, site.num_experts)
+        return resolve_settings(config, rank, alpha, site.num_experts, bool(normalize), expert_ids)
 
     def _create_and_replace(  # type: ignore[override]  # PEFT's own tuners narrow the configuration too
         self,
@@ -288,6 +289,23 @@ class PerftModel(BaseTuner):
                 raise ValueError(message)
             state.refuse_load(adapter_name, message)
         return remapped
+
+
+def _expert_ids(config: PerftConfig, name: str, num_experts: int) -> tuple[int, ...] | None:
+    """The experts of one block that get an adapter of variant E; None for all."""
+    ids = config.expert_ids
+    if isinstance(ids, dict):
+        if name not in ids:
+            raise ValueError(
+                f"PerftConfig: expert_ids has no entry for {name!r}, which is adapted; name its experts, or leave the layer "
+                f"out by exclude_modules. Entries: {', '.join(list(ids)[:4])}{', ...' if len(ids) > 4 else ''}"
+            )
+        ids = ids[name]
+    if ids is None:
+        return None
+    if max(ids) >= num_experts:
+        raise ValueError(f"PerftConfig: expert_ids names expert {max(ids)} of {name!r}, which has {num_experts}")
+    return tuple(ids)
 
 
 def find_state(model: nn.Module) -> PerftState | None:

@@ -10,7 +10,7 @@ from torch import nn
 from hf_moe_ext.host.families import active_experts
 from hf_moe_ext.host.quantization import UnquantisedExperts, unquantised_experts
 from hf_moe_ext.perft.base_router import BaseRouterLayer
-from hf_moe_ext.perft.layer import PerftLayer
+from hf_moe_ext.perft.layer import AdapterSettings, PerftLayer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class TrainableRow:
 def trainable_rows(model: nn.Module, adapter: str = "default") -> list[TrainableRow]:
     """One row per module that carries the adapter, in layer order.
 
-    Per layer, with a = 2*hidden*r: S a; D M*a; R M*a + M*hidden stored, N*a + M*hidden active; E E*a stored, K*a active.
+    Per layer, with a = 2*hidden*r: S a; D M*a; R M*a + M*hidden stored, N*a + M*hidden active; E E*a stored, K*a active
+    (fewer where only some experts have an adapter: then K is the most a token can meet). A shared A counts once.
     """
     rows = []
     for layer in model.modules():
@@ -44,20 +45,22 @@ def trainable_rows(model: nn.Module, adapter: str = "default") -> list[Trainable
         if not isinstance(layer, PerftLayer) or adapter not in layer.settings:
             continue
         settings = layer.settings[adapter]
-        one = 2 * layer.in_features * settings.rank
-        router = layer.in_features * settings.num_experts if settings.variant == "R" else 0
-        used = {"R": settings.top_k, "E": active_experts(layer.get_base_layer())}.get(
-            settings.variant, settings.num_experts
-        )
-        rows.append(
-            TrainableRow(
-                layer.site_name,
-                _tensors(layer, adapter),
-                total=one * settings.num_experts + router,
-                active=None if used is None else one * used + router,
-            )
-        )
+        tensors = _tensors(layer, adapter)
+        total = sum(math.prod(shape) for shape in tensors.values())
+        active = _count_active(layer, settings)
+        rows.append(TrainableRow(layer.site_name, tensors, total=total, active=active))
     return rows
+
+
+def _count_active(layer: PerftLayer, settings: AdapterSettings) -> int | None:
+    used = {"R": settings.top_k, "E": active_experts(layer.get_base_layer())}.get(
+        settings.variant, settings.num_experts
+    )
+    if used is None:
+        return None
+    used = min(used, settings.num_experts)
+    half, router = layer.in_features * settings.rank, layer.in_features * settings.num_experts
+    return half * (1 if settings.shared_A else used) + half * used + (router if settings.variant == "R" else 0)
 
 
 def _tensors(layer: BaseRouterLayer | PerftLayer, adapter: str) -> dict[str, tuple[int, ...]]:

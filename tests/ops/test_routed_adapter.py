@@ -172,3 +172,21 @@ def test_index_and_weights_come_together(missing):
 )
 def test_the_choice_of_path(num_experts, rank, top_k, dtype, path):
     assert choose_path(num_experts, rank, top_k, dtype) == path
+
+
+@pytest.mark.parametrize("path", ["dense", "grouped", "gathered"])
+@pytest.mark.parametrize("kind", ["lora", "parallel"])
+def test_one_shared_A_equals_equal_ones(kind, path):
+    (hidden, A, B, weights), index, _ = _case(7, 5, 2, 4, sentinels=True)
+    activation = F.silu if kind == "parallel" else None
+    one = A[:1].detach().requires_grad_()
+    ours = routed_adapter(hidden, one, B, index, weights, scale=SCALES[kind], activation=activation, path=path)
+    repeated = one.detach().repeat(5, 1, 1).requires_grad_()
+    theirs = naive.routed_adapter(hidden, index, weights, repeated, B, scale=SCALES[kind], kind=kind)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+    direction = torch.randn_like(ours)
+    ours_grad = torch.autograd.grad((ours * direction).sum(), (hidden, one, B, weights))
+    theirs_grad = torch.autograd.grad((theirs * direction).sum(), (hidden, repeated, B, weights))
+    for mine, other in zip(ours_grad, theirs_grad, strict=True):
+        other = other.sum(dim=0, keepdim=True) if other.shape == repeated.shape else other
+        torch.testing.assert_close(mine, other, atol=1e-10, rtol=0)
