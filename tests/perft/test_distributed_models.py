@@ -66,6 +66,7 @@ def assert_trains_like_one_process(base: Path, out: Path, world_size: int, layou
         for rank, results in enumerate(ranks):
             mine, what = results[variant], f"{variant}, rank {rank}"
             assert mine["held"] < 1 or layout == REPLICATED, "the base model is not distributed at all"
+            assert (mine["averaged"] > 0) == (reduce == "tuner"), "both the Trainer and the tuner average, or neither"
             assert mine["count"] == count_trainable(model)
             assert_equal(mine["born"], born, f"{what}, at birth", atol=0)
             assert_equal(mine["trained"], expected, what)
