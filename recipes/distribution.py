@@ -2,6 +2,7 @@
 
 import torch
 from transformers.distributed import DistributedConfig
+from transformers.trainer_utils import SaveStrategy
 
 from finetune_arguments import Arguments, ModelArguments, UserError
 
@@ -48,12 +49,13 @@ def check_distribution(arguments: Arguments, num_processes: int) -> None:
     config = build_distributed_config(arguments.model, num_processes)
     if config is None:
         return
-    if arguments.training.save_strategy != "no":
+    strategy = SaveStrategy(arguments.training.save_strategy)
+    if strategy != SaveStrategy.NO:
         raise UserError(
-            f"--save_strategy {arguments.training.save_strategy.value}: Transformers cannot resume a model spread by "
+            f"--save_strategy {strategy.value}: Transformers cannot resume a model spread by "
             "--fsdp_size, --ep_size or --tp_size. Give --save_strategy no; the adapter is saved at the end."
         )
-    if config.tp_size > 1 and (arguments.training.use_cpu or not torch.accelerator.is_available()):
+    if (config.tp_size or 1) > 1 and (arguments.training.use_cpu or not torch.accelerator.is_available()):
         raise UserError(
             f"--tp_size {config.tp_size}: accelerate has no tensor parallelism for CPU processes. Use --fsdp_size or "
             "--ep_size, or train on accelerators."
