@@ -118,11 +118,22 @@ def assert_loops_like_one_process(base: Path, world_size: int, layouts: list[wor
                 assert_equal(results[i, variant], expected, f"{layout}, {variant}, rank {rank}", atol)
 
 
+@pytest.mark.slow
 def test_resumed_loop(base, tmp_path):
     for results in run_ranks(work.resume_loop, 2, base("olmoe"), tmp_path, EXPERTS):
         assert_equal(results["resumed"], results["whole"], "resumed", atol=0)
 
 
+@pytest.mark.slow
+def test_compiled(base):
+    """Not under tensor parallelism: there the stock model alone does not compile (torch 2.13)."""
+    folder = base("olmoe")
+    expected = work.own_loop(work.attach(work.load(folder), "R"))
+    for rank, found in enumerate(run_ranks(work.compiled, 2, folder, FSDP)):
+        assert_equal(found, expected, f"rank {rank}")
+
+
+@pytest.mark.slow
 def test_gradient_checkpointing(base):
     folder = base("olmoe")
     expected = work.own_loop(work.attach(work.load(folder), "R"))

@@ -209,6 +209,13 @@ def checkpointing_modes(rank: int, world_size: int, base: Path, layout: Layout) 
     return results
 
 
+def compiled(rank: int, world_size: int, base: Path, layout: Layout) -> Any:
+    """Gradients under torch.compile, without a code generator."""
+    warnings.simplefilter("default")  # the compiler warns of what FSDP's own hooks do
+    found = own_loop(torch.compile(attach(load(base, layout), "R", seed=1 + rank), backend="aot_eager"), rank)
+    return {name.replace("_orig_mod.", ""): gradient for name, gradient in found.items()}
+
+
 def later_adapters(rank: int, world_size: int, base: Path, saved: Path, layout: Layout) -> Any:
     """Gradients of adapters that were added, loaded, frozen and cast after the first was attached and deleted."""
     model = attach(load(base, layout), "R", seed=1 + rank)
