@@ -32,6 +32,10 @@ FOUR = [
 ]
 
 
+def name_layout(layout: work.Layout) -> str:
+    return "-".join(f"{name.removesuffix('_size')}{size}" for name, size in layout.items())
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folder of a family's tiny model, saved once."""
@@ -79,13 +83,13 @@ def assert_trains_like_one_process(base: Path, out: Path, world_size: int, layou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
-@pytest.mark.parametrize("layout", [FSDP, REPLICATED, EXPERTS], ids=str)
+@pytest.mark.parametrize("layout", [FSDP, REPLICATED, EXPERTS], ids=name_layout)
 def test_trainer_on_two_ranks(base, tmp_path, family, layout):
     assert_trains_like_one_process(base(family), tmp_path, 2, layout, "both")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", FOUR, ids=str)
+@pytest.mark.parametrize("layout", FOUR, ids=name_layout)
 def test_trainer_on_four_ranks(base, tmp_path, layout):
     assert_trains_like_one_process(base("olmoe"), tmp_path, 4, layout, "both")
 
