@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from built_in_data import build_built_in
 from cpu_processes import find_missing_processes, start_processes
+from distribution import check_distribution
 from evaluation import sum_answer_nats
 from finetune_arguments import (
     QUICKSTART_MODEL,
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         if argv is None and (missing := find_missing_processes()):
             check_output_folder(arguments)  # here the exit code is still ours to choose
+            check_distribution(arguments, missing)
             return start_processes(missing, __file__, sys.argv[1:])
         finetune(arguments, shlex.join(["recipes/finetune.py", *(sys.argv[1:] if argv is None else argv)]))
     except UserError as error:
@@ -142,6 +144,7 @@ def refuse_mistakes(arguments: Arguments) -> None:
         arguments.training.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
     for sentence in find_idle_settings(arguments):
         logger.warning(sentence)
+    check_distribution(arguments, arguments.training.world_size)
     check_output_folder(arguments)
     check_hub_login(arguments)
     build_adapter_config(arguments.adapter)
@@ -155,7 +158,8 @@ def measure_base(arguments: Arguments, path: str, tokenizer: PreTrainedTokenizer
     It is a model and a Trainer of their own: a model that evaluation has prepared is not wrapped again for training
     (accelerate marks it as prepared), so that several processes would train without exchanging gradients.
     """
-    trainer = build_trainer(arguments, load_model(arguments.model, path), tokenizer, None, held_out.encoded)
+    model = load_model(arguments.model, path, arguments.training.world_size)
+    trainer = build_trainer(arguments, model, tokenizer, None, held_out.encoded)
     before = held_out.measure(trainer, "before")
     trainer.accelerator.free_memory()
     return before
@@ -172,7 +176,7 @@ def train(
 ) -> Trained:
     """Attach, train with the plain Trainer, save, and measure again."""
     set_seed(arguments.training.seed)
-    model = attach(load_model(arguments.model, path), arguments.adapter)
+    model = attach(load_model(arguments.model, path, arguments.training.world_size), arguments.adapter)
     trainer = build_trainer(arguments, model, tokenizer, rows, held_out.encoded)
     with clock("train"):
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -35,6 +35,12 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention: sdpa, flash_attention_2 ..."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    fsdp_size: int | None = field(default=None, metadata={"help": "Spread all weights over so many processes (FSDP)."})
+    ep_size: int | None = field(default=None, metadata={"help": "Spread the experts over so many processes."})
+    tp_size: int | None = field(
+        default=None,
+        metadata={"help": "Split attention and experts over so many processes of one batch (accelerators)."},
+    )
 
 
 @dataclass
@@ -145,11 +151,13 @@ class Arguments:
 
     def describe(self) -> dict[str, Any]:
         """What makes a run this run and no other: what is trained on what, not how long or where."""
+        model = dataclasses.asdict(self.model)
+        layout = ("fsdp_size", "ep_size", "tp_size")
         data = dataclasses.asdict(self.data)
         measured = ("max_eval_samples", "num_generations", "max_new_tokens", "answer_choices_metric")
         quickstart = dataclasses.asdict(self.quickstart)
         return {
-            **dataclasses.asdict(self.model),
+            **{name: value for name, value in model.items() if name not in layout},
             **{name: value for name, value in data.items() if name not in measured},
             **dataclasses.asdict(self.adapter),
             **{name: quickstart[name] for name in ("base_max_steps", "base_seed", "base_source_dir")},

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from distribution import build_distributed_config
 from finetune_arguments import AdapterArguments, ModelArguments, UserError
 from hf_moe_ext import PerftConfig, count_trainable
 
@@ -72,13 +73,17 @@ def load_tokenizer(arguments: ModelArguments, path: str) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def load_model(arguments: ModelArguments, path: str) -> PreTrainedModel:
-    """The causal language model.
+def load_model(arguments: ModelArguments, path: str, num_processes: int = 1) -> PreTrainedModel:
+    """The causal language model, spread over the processes where a size asks for that.
 
     Raises:
         UserError: It cannot be loaded.
     """
-    options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    settings = {
+        "attn_implementation": arguments.attn_implementation,
+        "distributed_config": build_distributed_config(arguments, num_processes),
+    }
+    options: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

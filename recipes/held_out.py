@@ -74,14 +74,18 @@ class HeldOut:
         return {group: counts.most_common(1)[0][0] for group, counts in counted.items()}
 
     def measure(self, trainer: Trainer, description: str) -> Measurement:
-        """Losses and accuracy through `Trainer.predict`; texts written by the first process while the others wait."""
+        """Losses and accuracy through `Trainer.predict`; texts written by the first process while the others wait.
+
+        Where one model is spread over the processes, all of them write, since each step needs all; the first one's count.
+        """
         assert trainer.model is not None
         with record_router_load(trainer.model) as load:
             losses = measure_losses(trainer, self.encoded)
         shares = load.fractions()  # summed over processes, so every one of them asks
         accuracy = self._measure_accuracy(trainer) if self.choices is not None else {}
         texts: list[str] = []
-        if trainer.is_world_process_zero() and self.written_rows:
+        first = trainer.is_world_process_zero()
+        if self.written_rows and (first or trainer.is_distributed_loading_by_transformers):
             limit = self.arguments.max_length - self.arguments.max_new_tokens
             prompts = [encode_prompt(self.rows[i]["prompt"], self.tokenizer, max(limit, 1)) for i in self.written_rows]
             texts = generate_answers(
@@ -92,7 +96,7 @@ class HeldOut:
                 description=f"write answers {description}",
             )
         trainer.accelerator.wait_for_everyone()
-        return Measurement(losses, shares, texts, accuracy)
+        return Measurement(losses, shares, texts if first else [], accuracy)
 
     def _measure_accuracy(self, trainer: Trainer) -> dict[str, float]:
         assert self.choices is not None

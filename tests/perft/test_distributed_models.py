@@ -32,6 +32,10 @@ FOUR = [
 ]
 
 
+def name_layout(layout: work.Layout) -> str:
+    return "-".join(f"{name.removesuffix('_size')}{size}" for name, size in layout.items())
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Folder of a family's tiny model, saved once."""
@@ -66,6 +70,7 @@ def assert_trains_like_one_process(base: Path, out: Path, world_size: int, layou
         for rank, results in enumerate(ranks):
             mine, what = results[variant], f"{variant}, rank {rank}"
             assert mine["held"] < 1 or layout == REPLICATED, "the base model is not distributed at all"
+            assert (mine["averaged"] > 0) == (reduce == "tuner"), "both the Trainer and the tuner average, or neither"
             assert mine["count"] == count_trainable(model)
             assert_equal(mine["born"], born, f"{what}, at birth", atol=0)
             assert_equal(mine["trained"], expected, what)
@@ -78,13 +83,13 @@ def assert_trains_like_one_process(base: Path, out: Path, world_size: int, layou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["olmoe", "mixtral"])
-@pytest.mark.parametrize("layout", [FSDP, REPLICATED, EXPERTS], ids=str)
+@pytest.mark.parametrize("layout", [FSDP, REPLICATED, EXPERTS], ids=name_layout)
 def test_trainer_on_two_ranks(base, tmp_path, family, layout):
     assert_trains_like_one_process(base(family), tmp_path, 2, layout, "both")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", FOUR, ids=str)
+@pytest.mark.parametrize("layout", FOUR, ids=name_layout)
 def test_trainer_on_four_ranks(base, tmp_path, layout):
     assert_trains_like_one_process(base("olmoe"), tmp_path, 4, layout, "both")
 
@@ -117,11 +122,22 @@ def assert_loops_like_one_process(base: Path, world_size: int, layouts: list[wor
                 assert_equal(results[i, variant], expected, f"{layout}, {variant}, rank {rank}", atol)
 
 
+@pytest.mark.slow
 def test_resumed_loop(base, tmp_path):
     for results in run_ranks(work.resume_loop, 2, base("olmoe"), tmp_path, EXPERTS):
         assert_equal(results["resumed"], results["whole"], "resumed", atol=0)
 
 
+@pytest.mark.slow
+def test_compiled(base):
+    """Not under tensor parallelism: there the stock model alone does not compile (torch 2.13)."""
+    folder = base("olmoe")
+    expected = work.own_loop(work.attach(work.load(folder), "R"))
+    for rank, found in enumerate(run_ranks(work.compiled, 2, folder, FSDP)):
+        assert_equal(found, expected, f"rank {rank}")
+
+
+@pytest.mark.slow
 def test_gradient_checkpointing(base):
     folder = base("olmoe")
     expected = work.own_loop(work.attach(work.load(folder), "R"))

@@ -37,6 +37,7 @@ def _assert_same_adapter(a: Path, b: Path, tolerance: float) -> None:
         (["--model_name_or_path", "OLMOE", "--peft", "lora", "--lora_target_modules", "no"], ["--peft lora", "no"]),
         (["--model_name_or_path", "nowhere/at_all"], ["--model_name_or_path nowhere/at_all", "cannot be loaded"]),
         (["--variant", "X"], ["--variant", "'X'", "R"]),
+        (["--ep_size", "2", "--save_strategy", "no"], ["--ep_size 2", "number of processes, which is 1"]),
         (["--variant", "S", "--num_experts", "2"], ["--peft perft", "num_experts"]),
         (["--config", "UNKNOWN"], ["unknown key 'rank'"]),
         (["--dataset_name", "COLUMNS"], ["question", "prompt, completion"]),
@@ -171,6 +172,37 @@ def test_two_processes_equal_one_with_accumulation(quickstart_flags: list[str], 
     for name, shares in metrics[0]["router_load"].items():
         # held-out rows that do not divide by the processes are filled up with a repeated one
         assert metrics[1]["router_load"][name] == pytest.approx(shares, abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "variant"), [("--ep_size=2", "E"), ("--fsdp_size=2", "R")])
+def test_a_model_spread_over_two_processes_equals_one(
+    layout: str, variant: str, quickstart_flags: list[str], run_script, recipes: Path, tmp_path: Path
+) -> None:
+    flags = [*quickstart_flags, "--max_steps=8", "--save_strategy=no", "--per_device_train_batch_size=2"]
+    flags.append(f"--config={recipes}/configs/quickstart_{variant.lower()}.yaml")
+    one = run_script(*flags, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps=2")
+    assert one.returncode == 0, one.stderr
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    two = run_script(*flags, layout, "--output_dir", tmp_path / "two", launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert [entry["processes"] for entry in metrics] == [1, 2]
+    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), abs=1e-5)
+    _assert_same_adapter(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
+    assert metrics[0]["parameters"] == metrics[1]["parameters"]
+    for name in ("before", "after"):
+        assert metrics[1]["loss"][name] == pytest.approx(metrics[0]["loss"][name], abs=1e-5)
+        assert [s[name] for s in metrics[1]["samples"]] == [s[name] for s in metrics[0]["samples"]]
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_a_layout_that_does_not_fit_is_two(run_script, tmp_path: Path) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    run = run_script("--use_cpu", "--ep_size=3", "--output_dir", tmp_path / "run", launcher=launcher)
+    assert "finetune.py: error: --ep_size 3 must divide the number of processes, which is 2" in run.stderr
+    assert run.stderr.count("error: --ep_size") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

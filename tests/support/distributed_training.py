@@ -1,5 +1,6 @@
 """What the ranks of ``tests/perft/test_distributed_models.py`` run, and the same on one process."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_moe_ext import PerftConfig, count_trainable
+from hf_moe_ext.perft import gradient_sync
 from support import zoo
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -135,7 +137,9 @@ def train_variants(rank: int, world_size: int, base: Path, out: Path, layout: La
     """Every variant: attach, train, save; ``reduce`` says who averages gradients."""
     if reduce == "tuner":  # as in Transformers before 5.22
         Trainer._sync_replicated_trainable_parameters = lambda self, model: None
-    results = {}
+    results, averaged = {}, []
+    backward = gradient_sync._MeanGradient.backward
+    gradient_sync._MeanGradient.backward = staticmethod(lambda *args: averaged.append(1) or backward(*args))
     for variant in VARIANTS:
         model = load(base, layout)
         held = sharded_fraction(model)
@@ -149,6 +153,7 @@ def train_variants(rank: int, world_size: int, base: Path, out: Path, layout: La
             "trained": adapters(model),
             "logits": held_out_logits(model),
             "held": held,
+            "averaged": len(averaged),
             "count": count_trainable(model),
         }
     return results
@@ -156,6 +161,8 @@ def train_variants(rank: int, world_size: int, base: Path, out: Path, layout: La
 
 def loop_variants(rank: int, world_size: int, base: Path, layouts: Sequence[Layout], variants: str = "REDS") -> Any:
     """Gradients of a loop without a Trainer, per layout and variant; micro-batch 1 has no loss token."""
+    # What the stock lm_head does under tensor parallelism inside FSDP; nothing writes into that view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     return {
         (i, variant): own_loop(attach(load(base, layout), variant, seed=1 + rank), rank, empty=1)
         for i, layout in enumerate(layouts)
@@ -200,6 +207,13 @@ def checkpointing_modes(rank: int, world_size: int, base: Path, layout: Layout) 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         results[reentrant] = own_loop(model, rank)
     return results
+
+
+def compiled(rank: int, world_size: int, base: Path, layout: Layout) -> Any:
+    """Gradients under torch.compile, without a code generator."""
+    warnings.simplefilter("default")  # the compiler warns of what FSDP's own hooks do
+    found = own_loop(torch.compile(attach(load(base, layout), "R", seed=1 + rank), backend="aot_eager"), rank)
+    return {name.replace("_orig_mod.", ""): gradient for name, gradient in found.items()}
 
 
 def later_adapters(rank: int, world_size: int, base: Path, saved: Path, layout: Layout) -> Any:

@@ -1,0 +1,46 @@
+"""Which layouts of a spread model are taken, and the one error for each that is not."""
+
+import pytest
+
+from distribution import build_distributed_config, check_distribution
+from finetune_arguments import ModelArguments, UserError, parse_arguments
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "expected"),
+    [
+        ({}, 4, None),
+        ({"fsdp_size": 1, "ep_size": 1}, 1, None),
+        ({"fsdp_size": 4}, 4, (4, 1, 1)),
+        ({"ep_size": 2}, 4, (4, 2, 1)),
+        ({"tp_size": 2, "ep_size": 4}, 4, (2, 4, 2)),
+    ],
+    ids=str,
+)
+def test_layouts(sizes: dict[str, int], processes: int, expected: tuple[int, ...] | None) -> None:
+    config = build_distributed_config(ModelArguments(**sizes), processes)
+    assert (None if config is None else (config.fsdp_size, config.ep_size, config.tp_size)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "words"),
+    [
+        (["--fsdp_size=0"], 2, ["--fsdp_size must be at least 1, got 0"]),
+        (["--fsdp_size=2"], 1, ["--fsdp_size 2", "must equal the number of processes, which is 1", "--num_processes"]),
+        (["--tp_size=3"], 4, ["--fsdp_size 1 times --tp_size 3", "which is 4"]),
+        (["--ep_size=3"], 4, ["--ep_size 3 must divide the number of processes, which is 4"]),
+        (["--ep_size=2", "--tp_size=4"], 4, ["multiple of --tp_size, which is 4"]),
+        (["--ep_size=2"], 2, ["--save_strategy steps", "--save_strategy no"]),
+        (["--tp_size=2", "--save_strategy=no", "--use_cpu"], 2, ["--tp_size 2", "CPU", "--fsdp_size"]),
+    ],
+    ids=str,
+)
+def test_refused_layouts(flags: list[str], processes: int, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        check_distribution(parse_arguments(["--model_name_or_path=x", *flags]), processes)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_layout_does_not_make_another_run() -> None:
+    plain, spread = (parse_arguments(flags).describe() for flags in ([], ["--ep_size=2"]))
+    assert plain == spread
