@@ -77,7 +77,7 @@ def test_a_static_cache_gives_the_same_tokens(variant):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_compiled_decoding_step_gives_the_same_tokens_in_one_graph(variant, compile_anywhere):
     model, inputs = build(variant), left_padded(prompts(4, 6))
@@ -202,7 +202,7 @@ def test_a_mixed_padded_batch_gives_each_row_its_adapters_text(cache, arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 def test_a_mixed_batch_decodes_compiled_in_one_graph(compile_anywhere):
     model, rows = mixed_model(), prompts(5, 9, 3, 6)
     batch = left_padded(rows)
