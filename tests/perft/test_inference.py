@@ -52,6 +52,11 @@ def assert_adapter_speaks(model, row):
     assert alone(model, row) != base
 
 
+def small_cache():
+    """Continuous batching, left to itself, sizes its cache to all free memory, which on a CPU is the machine's."""
+    return ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=64)
+
+
 @pytest.fixture
 def compile_anywhere():
     """Ask generate to compile its decoding step on this device too."""
@@ -72,7 +77,7 @@ def test_a_static_cache_gives_the_same_tokens(variant):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_compiled_decoding_step_gives_the_same_tokens_in_one_graph(variant, compile_anywhere):
     model, inputs = build(variant), left_padded(prompts(4, 6))
@@ -90,10 +95,8 @@ def test_continuous_batching_gives_what_each_prompt_gives_alone(variant, attenti
     # -1 is no token: continuous batching knows no min_new_tokens, so that the end may not be a token at all.
     settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=zoo.PAD_ID)
     expected = [alone(model, row, max_new_tokens=8, min_new_tokens=None) for row in rows]
-    # Left to itself it sizes its cache to all free memory, which on a CPU is the machine's.
-    pages = ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=64)
     outputs = model.generate_batch(
-        [row.tolist() for row in rows], generation_config=settings, continuous_batching_config=pages
+        [row.tolist() for row in rows], generation_config=settings, continuous_batching_config=small_cache()
     )
     written = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     assert [written[tuple(row.tolist())] for row in rows] == expected
@@ -103,7 +106,7 @@ def test_continuous_batching_gives_what_each_prompt_gives_alone(variant, attenti
 def test_continuous_batching_refuses_adapter_names_which_it_would_ignore():
     model = build("R")
     with pytest.raises(ValueError, match=r"generate_batch packs sequences.*use generate\(\) with adapter_names"):
-        model.generate_batch([[5, 6, 7]], adapter_names=["default"])
+        model.generate_batch([[5, 6, 7]], adapter_names=["default"], continuous_batching_config=small_cache())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -199,7 +202,7 @@ def test_a_mixed_padded_batch_gives_each_row_its_adapters_text(cache, arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 def test_a_mixed_batch_decodes_compiled_in_one_graph(compile_anywhere):
     model, rows = mixed_model(), prompts(5, 9, 3, 6)
     batch = left_padded(rows)
