@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.utils import logging
 
+from accelerate import PartialState
 from built_in_data import build_built_in
 from cpu_processes import find_missing_processes, start_processes
 from distribution import check_distribution
@@ -43,7 +43,7 @@ from finetune_model import (
     load_outline,
     load_tokenizer,
 )
-from held_out import HeldOut, Measurement
+from held_out import HeldOut, MeasureFirst, Measurement
 from hf_moe_ext import RouterLoadCallback
 from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder
 from quickstart.corpus import Corpus, read_corpus
@@ -61,6 +61,7 @@ from reporting import (
 logger = logging.get_logger("finetune")
 
 LOSS_CURVE, LOAD_MAP, METRICS, ROWS = "loss_curve.png", "router_load.png", "metrics.json", "held_out.csv"
+BEFORE = "before.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,11 +109,12 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
     if training.process_index == 0:
         claim_output_folder(arguments)
 
-    with clock("before"):
-        before = measure_base(arguments, path, tokenizer, held_out)
     trained = None
-    if arguments.adapter.peft != "none":
-        trained = train(arguments, path, tokenizer, train_rows, held_out, checkpoint, clock)
+    if arguments.adapter.peft == "none":
+        with clock("before"):
+            before = measure_base(arguments, path, tokenizer, held_out)
+    else:
+        before, trained = train(arguments, path, tokenizer, train_rows, held_out, checkpoint, clock)
     metrics = {
         "command": command,
         "settings": arguments.describe(),
@@ -153,16 +155,9 @@ def refuse_mistakes(arguments: Arguments) -> None:
 
 
 def measure_base(arguments: Arguments, path: str, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut) -> Measurement:
-    """Measure the model as it was loaded, and let go of it.
-
-    It is a model and a Trainer of their own: a model that evaluation has prepared is not wrapped again for training
-    (accelerate marks it as prepared), so that several processes would train without exchanging gradients.
-    """
+    """Measure the model as it was loaded."""
     model = load_model(arguments.model, path, arguments.training.world_size)
-    trainer = build_trainer(arguments, model, tokenizer, None, held_out.encoded)
-    before = held_out.measure(trainer, "before")
-    trainer.accelerator.free_memory()
-    return before
+    return held_out.measure(build_trainer(arguments, model, tokenizer, None, held_out.encoded), "before")
 
 
 def train(
@@ -173,13 +168,16 @@ def train(
     held_out: HeldOut,
     checkpoint: str | None,
     clock: "Clock",
-) -> Trained:
-    """Attach, train with the plain Trainer, save, and measure again."""
+) -> tuple[Measurement, Trained]:
+    """Attach, measure, train with the plain Trainer, save, and measure again."""
     set_seed(arguments.training.seed)
     model = attach(load_model(arguments.model, path, arguments.training.world_size), arguments.adapter)
     trainer = build_trainer(arguments, model, tokenizer, rows, held_out.encoded)
+    first = MeasureFirst(trainer, held_out, arguments.output_dir / BEFORE, checkpoint is not None)
+    trainer.add_callback(first)
     with clock("train"):
         trainer.train(resume_from_checkpoint=checkpoint)
+    clock.seconds["before"], clock.seconds["train"] = first.seconds, round(clock.seconds["train"] - first.seconds, 2)
     trainer.save_model(str(arguments.output_dir))
     trainer.save_state()
     with clock("after"):
@@ -190,7 +188,7 @@ def train(
         "steps": trainer.state.global_step,
         "log": trainer.state.log_history,
     }
-    return Trained(after, facts)
+    return first.measurement, Trained(after, facts)
 
 
 def uses_source(arguments: Arguments) -> bool:

@@ -1,17 +1,23 @@
 """Everything measured on the held-out rows, once before and once after training."""
 
+import json
+import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import evaluate
 import numpy as np
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from evaluation import RowLosses, choose_answers, generate_answers, measure_losses
-from finetune_arguments import DataArguments
+from finetune_arguments import DataArguments, UserError
 from finetune_data import encode_prompt, encode_rows, expand_choices
 from hf_moe_ext import record_router_load
 from quickstart.docstrings import name_words
@@ -30,6 +36,80 @@ class Measurement:
     router_load: dict[str, list[float]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     accuracy: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "nats": self.losses.nats.tolist(),
+            "tokens": self.losses.tokens.tolist(),
+            "router_load": self.router_load,
+            "texts": self.texts,
+            "accuracy": self.accuracy,
+        }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Measurement":
+        """The opposite of `as_dict`."""
+        losses = RowLosses(np.asarray(saved["nats"]), np.asarray(saved["tokens"]))
+        return cls(losses, saved["router_load"], saved["texts"], saved["accuracy"])
+
+
+class MeasureFirst(TrainerCallback):
+    """Measures the model before its first step, in the Trainer that trains it, and keeps that for a resumed run.
+
+    Not with a Trainer of its own: sharding wants model and optimizer together, and a model that evaluation has prepared
+    is not wrapped again for training (accelerate marks it), so that processes would not exchange gradients. An adapter
+    that was just attached changes nothing yet.
+
+    Args:
+        trainer: That trains.
+        held_out: Rows to measure on.
+        path: Where the measurement is kept.
+        resumed: The model will hold a checkpoint when training begins; read the measurement back.
+
+    Raises:
+        UserError: The run to resume has left no measurement.
+    """
+
+    measurement: Measurement
+
+    def __init__(self, trainer: Trainer, held_out: "HeldOut", path: Path, resumed: bool) -> None:
+        self.trainer, self.held_out, self.path, self.resumed = trainer, held_out, path, resumed
+        self.seconds = 0.0
+        if resumed:
+            try:
+                saved = Measurement.from_dict(json.loads(path.read_text(encoding="utf-8")))
+                # As in the run that wrote it, only the first process has texts.
+                self.measurement = saved if trainer.is_world_process_zero() else replace(saved, texts=[])
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"--resume_from_checkpoint: {path} of that run cannot be read ({error}), so there is nothing to "
+                    "compare with. Start again with --overwrite_output_dir."
+                ) from error
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Measure; the random state stays as it was."""
+        if self.resumed:
+            return
+        began = time.monotonic()
+        with torch.random.fork_rng():
+            self.measurement = self.held_out.measure(self.trainer, "before")
+        if self.trainer.is_world_process_zero():
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.measurement.as_dict()), encoding="utf-8")
+            partial.replace(self.path)
+        self.seconds = round(time.monotonic() - began, 2)
+
+
+@contextmanager
+def root_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Under FSDP2 gather what belongs to no layer (embeddings, head): `generate` calls the model inside the sharded one."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    yield
+    model.reshard()
 
 
 class HeldOut:
@@ -85,16 +165,20 @@ class HeldOut:
         accuracy = self._measure_accuracy(trainer) if self.choices is not None else {}
         texts: list[str] = []
         first = trainer.is_world_process_zero()
-        if self.written_rows and (first or trainer.is_distributed_loading_by_transformers):
+        spread = (
+            trainer.is_distributed_loading_by_transformers or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        )
+        if self.written_rows and (first or spread):
             limit = self.arguments.max_length - self.arguments.max_new_tokens
             prompts = [encode_prompt(self.rows[i]["prompt"], self.tokenizer, max(limit, 1)) for i in self.written_rows]
-            texts = generate_answers(
-                trainer.accelerator.unwrap_model(trainer.model),
-                self.tokenizer,
-                prompts,
-                self.arguments.max_new_tokens,
-                description=f"write answers {description}",
-            )
+            with root_weights(trainer.model):
+                texts = generate_answers(
+                    trainer.accelerator.unwrap_model(trainer.model),
+                    self.tokenizer,
+                    prompts,
+                    self.arguments.max_new_tokens,
+                    description=f"write answers {description}",
+                )
         trainer.accelerator.wait_for_everyone()
         return Measurement(losses, shares, texts if first else [], accuracy)
 

@@ -40,8 +40,8 @@ def losses(folder):
 
 @pytest.mark.slow
 def test_killed_at_a_random_step_and_resumed(quickstart_flags, run_script, tmp_path):
-    flags = [*quickstart_flags, f"--max_steps={STEPS}", "--save_steps=2", "--num_generations=0"]
-    flags += ["--per_device_train_batch_size=2", "--save_total_limit=20"]
+    flags = [*quickstart_flags, f"--max_steps={STEPS}", "--save_steps=2"]
+    flags += ["--per_device_train_batch_size=2", "--num_generations=2"]
     one = run_script(*flags, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps=2")
     assert one.returncode == 0, one.stderr
     finish(start(flags, tmp_path / "whole"))

@@ -16,8 +16,6 @@ from transformers import TrainerCallback
 import finetune
 from accelerate import PartialState
 
-assert PartialState(cpu=True).num_processes > 1
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 sharded: set[str] = set()
 build_trainer = finetune.build_trainer
 
@@ -37,7 +35,15 @@ def build_watched(*arguments):
     return trainer
 
 
-finetune.build_trainer = build_watched
+def call_it_gpus(*arguments):
+    """The run itself, which begins when its arguments have set up the processes."""
+    assert PartialState().num_processes > 1
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return run(*arguments)
+
+
+run = finetune.finetune
+finetune.finetune, finetune.build_trainer = call_it_gpus, build_watched
 code = finetune.main(sys.argv[1:])
 assert code or sharded, "no adapter was sharded: this was not FSDP2"
 sys.exit(code)
