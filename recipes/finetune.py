@@ -38,13 +38,12 @@ from finetune_model import (
     attach,
     build_adapter_config,
     count_parameters,
-    group_parameters,
     load_model,
     load_outline,
     load_tokenizer,
 )
 from held_out import HeldOut, MeasureFirst, Measurement
-from hf_moe_ext import RouterLoadCallback
+from hf_moe_ext import RouterLoadCallback, param_groups
 from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder
 from quickstart.corpus import Corpus, read_corpus
 from quickstart.pretrain import REPORT_FILE, BaseSettings, build_base, find_base
@@ -171,7 +170,8 @@ def train(
 ) -> tuple[Measurement, Trained]:
     """Attach, measure, train with the plain Trainer, save, and measure again."""
     set_seed(arguments.training.seed)
-    model = attach(load_model(arguments.model, path, arguments.training.world_size), arguments.adapter)
+    model = load_model(arguments.model, path, arguments.training.world_size)
+    model = attach(model, arguments.adapter, rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
     trainer = build_trainer(arguments, model, tokenizer, rows, held_out.encoded)
     first = MeasureFirst(trainer, held_out, arguments.output_dir / BEFORE, checkpoint is not None)
     trainer.add_callback(first)
@@ -246,12 +246,11 @@ def build_trainer(
     """A plain Trainer; a router learning rate of its own becomes an optimizer group."""
     training, adapter = arguments.training, arguments.adapter
     optimizer = None
-    routed = adapter.peft == "perft" and adapter.variant == "R" and train_rows is not None
-    if routed and adapter.router_learning_rate is not None:
-        groups = group_parameters(model, training.learning_rate, adapter.router_learning_rate, training.weight_decay)
-        optimizer = torch.optim.AdamW(
-            groups, betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon
-        )
+    routed = adapter.peft == "perft" and (adapter.variant == "R" or adapter.base_router != "frozen")
+    if routed and train_rows is not None and adapter.router_learning_rate is not None:
+        groups = param_groups(model, training.learning_rate, adapter.router_learning_rate, training.weight_decay)
+        options = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
+        optimizer = (torch.optim.AdamW, {"params": groups, **options})
     trainer = Trainer(
         model=model,
         args=training,
@@ -260,9 +259,9 @@ def build_trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         processing_class=tokenizer,
         preprocess_logits_for_metrics=sum_answer_nats,
-        optimizers=(optimizer, None),
+        optimizer_cls_and_kwargs=optimizer,
     )
-    if routed:
+    if routed and train_rows is not None:
         # First, so that what it adds to a log line is seen by every reporter after it.
         trainer.callback_handler.callbacks.insert(0, RouterLoadCallback(model))
     return trainer

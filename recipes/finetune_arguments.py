@@ -97,7 +97,23 @@ class AdapterArguments:
     normalize_top_k: bool | None = field(default=None, metadata={"help": "R: let a token's weights sum to one."})
     router_aux_loss_coef: float | None = field(default=None, metadata={"help": "R: weight of the balance loss."})
     router_z_loss_coef: float | None = field(default=None, metadata={"help": "R: weight of the router's z-loss."})
-    router_learning_rate: float | None = field(default=None, metadata={"help": "R: the router's own learning rate."})
+    router_aux_loss_scope: Literal["batch", "sequence", "global"] | None = field(
+        default=None, metadata={"help": "R: tokens over which the load is balanced: micro-batch, sequence, last step."}
+    )
+    base_router: Literal["frozen", "lora", "train"] = field(
+        default="frozen", metadata={"help": "What of the base model's own router trains with the adapter."}
+    )
+    base_router_drift_coef: float | None = field(
+        default=None, metadata={"help": "How strongly a tuned base router is held near where it started."}
+    )
+    shared_A: bool = field(default=False, metadata={"help": "R, E, D: one A for all adapters of a layer."})
+    expert_fraction: float | None = field(
+        default=None,
+        metadata={"help": "E: adapt only this share of each layer's experts, those the train rows use most."},
+    )
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the routers (R's own, a tuned base router)."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt; q_proj v_proj for lora, every MoE block for perft."}
     )
@@ -285,8 +301,11 @@ def find_idle_settings(arguments: Arguments) -> list[str]:
     for f in dataclasses.fields(adapter):
         if f.name not in used | {"peft"} and getattr(adapter, f.name) != f.default:
             idle.append(f"--{f.name} has no effect with --peft {adapter.peft}.")
-    if adapter.router_learning_rate is not None and adapter.peft == "perft" and adapter.variant != "R":
+    routed = adapter.variant == "R" or adapter.base_router != "frozen"
+    if adapter.router_learning_rate is not None and adapter.peft == "perft" and not routed:
         idle.append(f"--router_learning_rate has no effect with --variant {adapter.variant}, which has no own router.")
+    if adapter.expert_fraction is not None and adapter.peft == "perft" and adapter.variant != "E":
+        idle.append(f"--expert_fraction has no effect with --variant {adapter.variant}; it belongs to E.")
     if arguments.model.model_name_or_path != QUICKSTART_MODEL:
         for f in dataclasses.fields(arguments.quickstart):
             if getattr(arguments.quickstart, f.name) != f.default and f.name != "base_source_dir":

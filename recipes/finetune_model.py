@@ -4,18 +4,26 @@ import inspect
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distribution import build_distributed_config
 from finetune_arguments import AdapterArguments, ModelArguments, UserError
-from hf_moe_ext import PerftConfig, count_trainable
+from hf_moe_ext import PerftConfig, choose_experts_to_adapt, count_trainable
 
 LORA_TARGETS = ("q_proj", "v_proj")
+CALIBRATION_ROWS = 256
 
 
-def build_adapter_config(arguments: AdapterArguments) -> PerftConfig | LoraConfig | None:
+def build_adapter_config(
+    arguments: AdapterArguments, expert_ids: dict[str, list[int]] | None = None
+) -> PerftConfig | LoraConfig | None:
     """The PEFT configuration of `--peft`; None for full and none.
+
+    Args:
+        arguments: The settings.
+        expert_ids: Experts that E adapts, per module; None for all.
 
     Raises:
         UserError: The settings contradict each other.
@@ -35,6 +43,11 @@ def build_adapter_config(arguments: AdapterArguments) -> PerftConfig | LoraConfi
                 normalize_top_k=arguments.normalize_top_k,
                 router_aux_loss_coef=arguments.router_aux_loss_coef,
                 router_z_loss_coef=arguments.router_z_loss_coef,
+                router_aux_loss_scope=arguments.router_aux_loss_scope,
+                base_router=arguments.base_router,
+                base_router_drift_coef=arguments.base_router_drift_coef,
+                shared_A=arguments.shared_A,
+                expert_ids=expert_ids,
                 target_modules=targets,
             )
         if arguments.peft == "lora":
@@ -116,38 +129,31 @@ def load_outline(arguments: ModelArguments) -> PreTrainedModel:
         raise _cannot_load("model", arguments, error) from error
 
 
-def attach(model: PreTrainedModel, arguments: AdapterArguments) -> torch.nn.Module:
+def attach(
+    model: PreTrainedModel, arguments: AdapterArguments, rows: Dataset | None = None, collator: Any = None
+) -> torch.nn.Module:
     """Add the adapter; the model itself for full and none.
+
+    Args:
+        model: The base model.
+        arguments: The settings.
+        rows: Encoded train rows, for `--expert_fraction`; None leaves the choice of experts out (an outline has no weights).
+        collator: Makes batches of them.
 
     Raises:
         UserError: The model cannot take it.
     """
-    config = build_adapter_config(arguments)
-    if config is None:
-        return model
+    chosen = arguments.peft == "perft" and arguments.variant == "E" and arguments.expert_fraction is not None
     try:
-        return get_peft_model(model, config)
+        expert_ids = None
+        if chosen and rows is not None:
+            first = rows.select(range(min(CALIBRATION_ROWS, len(rows))))
+            batches = (collator(first[i : i + 8].to_list()) for i in range(0, len(first), 8))
+            expert_ids = choose_experts_to_adapt(model, batches, arguments.expert_fraction)
+        config = build_adapter_config(arguments, expert_ids)
+        return model if config is None else get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise UserError(f"--peft {arguments.peft}: {error}") from error
-
-
-def group_parameters(
-    model: torch.nn.Module, learning_rate: float, router_rate: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Two optimizer groups: the adapter router, with its own rate and no decay, and all the rest."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [
-        {
-            "params": [parameter for name, parameter in trained if "perft_router" not in name],
-            "lr": learning_rate,
-            "weight_decay": weight_decay,
-        },
-        {
-            "params": [parameter for name, parameter in trained if "perft_router" in name],
-            "lr": router_rate,
-            "weight_decay": 0.0,
-        },
-    ]
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, int | None]:
