@@ -36,7 +36,7 @@ class Shape:
 PRESETS = {
     # OLMoE's proportions (experts of half the width, top 8 of 64, the head a tenth of the work) at sizes for 2 and 4 cores.
     "cpu2": Shape("olmoe", 512, 256, 4, 8, 8, 64, 8, 4096, 2, 256, threads=2),
-    "cpu4": Shape("olmoe", 1024, 512, 4, 16, 16, 64, 8, 8192, 2, 256, threads=4),
+    "cpu4": Shape("olmoe", 1024, 512, 4, 16, 16, 64, 8, 8192, 4, 256, threads=4),
     # allenai/OLMoE-1B-7B, whole.
     "gpu80-olmoe": Shape("olmoe", 2048, 1024, 16, 16, 16, 64, 8, 50304, 2, 2048, "bfloat16", "cuda"),
     # mistralai/Mixtral-8x7B with 8 of its 32 layers: all of it in bfloat16 is 93 GB.
