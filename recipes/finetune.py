@@ -170,8 +170,8 @@ def train(
 ) -> tuple[Measurement, Trained]:
     """Attach, measure, train with the plain Trainer, save, and measure again."""
     set_seed(arguments.training.seed)
-    model = load_model(arguments.model, path, arguments.training.world_size)
-    model = attach(model, arguments.adapter, rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
+    base = load_model(arguments.model, path, arguments.training.world_size)
+    model = attach(base, arguments.adapter, rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
     trainer = build_trainer(arguments, model, tokenizer, rows, held_out.encoded)
     first = MeasureFirst(trainer, held_out, arguments.output_dir / BEFORE, checkpoint is not None)
     trainer.add_callback(first)

@@ -143,13 +143,13 @@ def attach(
     Raises:
         UserError: The model cannot take it.
     """
-    chosen = arguments.peft == "perft" and arguments.variant == "E" and arguments.expert_fraction is not None
+    fraction = arguments.expert_fraction if (arguments.peft, arguments.variant) == ("perft", "E") else None
     try:
         expert_ids = None
-        if chosen and rows is not None:
+        if fraction is not None and rows is not None:
             first = rows.select(range(min(CALIBRATION_ROWS, len(rows))))
             batches = (collator(first[i : i + 8].to_list()) for i in range(0, len(first), 8))
-            expert_ids = choose_experts_to_adapt(model, batches, arguments.expert_fraction)
+            expert_ids = choose_experts_to_adapt(model, batches, fraction)
         config = build_adapter_config(arguments, expert_ids)
         return model if config is None else get_peft_model(model, config)
     except (ValueError, TypeError) as error:
