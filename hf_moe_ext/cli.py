@@ -75,6 +75,20 @@ def doctor(
     ] = None,
     router_aux_loss_coef: Annotated[float | None, typer.Option(help="R: load-balance loss. [default: 0.01]")] = None,
     router_z_loss_coef: Annotated[float | None, typer.Option(help="R: z-loss. [default: 0]")] = None,
+    router_aux_loss_scope: Annotated[
+        Literal["batch", "sequence", "global"] | None,
+        typer.Option(help="R: tokens over which the load is balanced. [default: batch]"),
+    ] = None,
+    base_router: Annotated[
+        Literal["frozen", "lora", "train"] | None,
+        typer.Option(help="What of the base model's own router trains. [default: frozen]"),
+    ] = None,
+    base_router_drift_coef: Annotated[
+        float | None, typer.Option(help="How strongly a tuned base router is held back. [default: 0.1]")
+    ] = None,
+    shared_A: Annotated[
+        bool | None, typer.Option("--shared_A", help="R, E, D: one A for all adapters of a layer. [default: no]")
+    ] = None,
     target_modules: Annotated[
         list[str] | None, typer.Option(help="Experts modules to adapt; repeat it. [default: every MoE block's]")
     ] = None,

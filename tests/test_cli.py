@@ -63,7 +63,9 @@ def test_env_as_json() -> None:
 def test_doctor_in_a_process_of_its_own(base: str) -> None:
     result = subprocess.run([*COMMAND, "doctor", base, "--top_k", "1"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    # PEFT imports quantisation libraries where they are installed; their notes are not ours.
+    others = ("torchao", "torch/utils/_pytree", "kernels")
+    assert not [line for line in result.stderr.splitlines() if not any(word in line for word in others)]
     for part in (
         "What would train",
         "perft_router [4, 32]",
@@ -98,6 +100,15 @@ def test_every_option_reaches_the_configuration(base: str) -> None:
     arguments = (
         *("--variant", "R", "--adapter", "parallel", "--r", "4", "--lora-dropout", "0.1", "--num_experts", "6"),
         *("--top-k", "3", "--no-normalize-top-k", "--router-aux-loss-coef", "0.5", "--router-z-loss-coef", "0.25"),
+        *(
+            "--router-aux-loss-scope",
+            "sequence",
+            "--base-router",
+            "lora",
+            "--base-router-drift-coef",
+            "2",
+            "--shared_A",
+        ),
         *("--target-modules", "experts", "--exclude-modules", "nothing", "--layers-to-transform", "1"),
         *("--layers-pattern", "layers", "--modules-to-save", "lm_head", "--bias", "all", "--task-type", "CAUSAL_LM"),
     )
@@ -111,9 +122,10 @@ def test_every_option_reaches_the_configuration(base: str) -> None:
         **{"top_k": 3, "normalize_top_k": False, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25},
         **{"target_modules": ["experts"], "exclude_modules": ["nothing"], "layers_to_transform": [1]},
         **{"layers_pattern": "layers", "modules_to_save": ["lm_head"], "bias": "all", "task_type": "CAUSAL_LM"},
+        **{"router_aux_loss_scope": "sequence", "base_router": "lora", "base_router_drift_coef": 2.0, "shared_A": True},
         "init_weights": True,
     }
-    assert [row["module"] for row in report["modules"]] == ["model.layers.1.mlp.experts"]
+    assert [row["module"] for row in report["modules"]] == ["model.layers.1.mlp.gate", "model.layers.1.mlp.experts"]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ class ForwardTape:
         """The token groups of a scope, for a router that sees this many rows."""
         sequences = self.sequences
         if rows != self.num_tokens:
+            if scope == "batch" and sequences.mask is None:
+                return TokenGroups()
             warnings.warn(
                 "PERFT: the experts of this model receive other tokens than its input has, so the auxiliary loss can "
                 "neither leave out padding nor tell sequences apart; it counts every token that was routed",
@@ -130,10 +132,12 @@ class ForwardTape:
 
     def router_gradient(self, adapter: str, layer: str, logits: Tensor, index: Tensor) -> Tensor | None:
         """Auxiliary gradient [tokens, num_experts] of one layer's logits; None where no loss has passed by."""
-        groups = self.groups(self.coefficients[adapter].scope, logits.shape[0])
-        return self.weighted_gradient(
-            logits, lambda leaf: self.layer_objective(adapter, layer, router_sums(leaf, index, groups))
-        )
+
+        def objective(leaf: Tensor) -> Tensor:
+            groups = self.groups(self.coefficients[adapter].scope, logits.shape[0])
+            return self.layer_objective(adapter, layer, router_sums(leaf, index, groups))
+
+        return self.weighted_gradient(logits, objective)
 
     def weighted_gradient(self, value: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor | None:
         """Gradient at ``value`` of its objective [groups], each group with its weight; None where no loss passed by."""

@@ -207,6 +207,7 @@ def test_a_copied_and_a_deleted_model_count_their_own_steps():
 
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
+    gc.collect()  # models of other tests
     before = len(hooks)
     model = perft_r(router_aux_loss_scope="global")
     twin = copy.deepcopy(model)
