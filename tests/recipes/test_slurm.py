@@ -65,7 +65,7 @@ def test_bash_reads_it():
 
 
 def test_every_machine_starts_its_part_of_one_job(submit):
-    result, calls = submit("--config", "recipes/configs/mixtral_commonsense.yaml", "--bf16", "false")
+    result, calls = submit("--config", "recipes/configs/mixtral_commonsense.yaml")
     assert result.returncode == 0, result.stderr
     assert len(calls) == 3
     for rank, words in enumerate(calls):
@@ -83,7 +83,7 @@ def test_every_machine_starts_its_part_of_one_job(submit):
 
 def test_the_recipe_understands_its_words(submit, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, calls = submit("--config", "recipes/configs/mixtral_commonsense.yaml", "--bf16", "false", "--use_cpu", "true")
+    _, calls = submit("--config", "recipes/configs/mixtral_commonsense.yaml", "--use_cpu", "true")
     words = calls[0][calls[0].index("recipes/finetune.py") + 1 :]
     arguments = parse_arguments(words)
     assert str(arguments.output_dir) == "outputs/slurm-123456"
