@@ -36,10 +36,12 @@ class TokenGroups(NamedTuple):
         return values.reshape(self.num_groups, -1, *values.shape[1:]).sum(dim=1)
 
     def spread(self, values: Tensor, tokens: int) -> Tensor:
-        """[tokens] the value of each token's group, from ``values`` [num_groups]."""
+        """[tokens, ...] the value of each token's group, from ``values`` [num_groups, ...]."""
         if self.segment is not None:
             return values[self.segment.to(values.device)]
-        return values.repeat_interleave(tokens // self.num_groups, output_size=tokens)
+        if self.num_groups == 1:
+            return values.expand(tokens, *values.shape[1:])
+        return values.repeat_interleave(tokens // self.num_groups, dim=0, output_size=tokens)
 
 
 class RouterSums(NamedTuple):
@@ -163,6 +165,36 @@ def load_balance_loss(counts: Tensor, probabilities: Tensor, tokens: Tensor) -> 
 def router_z_loss(squared_lse: Tensor, tokens: Tensor) -> Tensor:
     """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5); both arguments [...]."""
     return squared_lse / tokens.clamp(min=1)
+
+
+def router_losses_gradient(
+    logits: Tensor, counts: Tensor, tokens: Tensor, load_balance: Tensor, z: Tensor, groups: TokenGroups
+) -> Tensor:
+    """Gradient of ``sum over groups of load_balance * load_balance_loss + z * router_z_loss`` at the logits.
+
+    Written out rather than left to autograd, whose many small operations cost more than the router itself.
+
+    Args:
+        logits: [tokens, num_experts].
+        counts: [groups, num_experts] tokens per expert; constants of the gradient.
+        tokens: [groups] what counts and probabilities are divided by.
+        load_balance: [groups] weight of each group's load-balance loss.
+        z: [groups] weight of its z-loss.
+        groups: which tokens count and which belong together.
+
+    Returns:
+        [tokens, num_experts] in the logits' dtype.
+    """
+    tokens = tokens.clamp(min=1)
+    slope = (counts.shape[-1] * load_balance / tokens.square())[:, None] * counts  # by a token's probability
+    rows = logits.shape[0]
+    slope, z = groups.spread(slope, rows), groups.spread(2 * z / tokens, rows)
+    probabilities = logits.softmax(dim=-1)
+    mean = (probabilities * slope).sum(dim=-1, keepdim=True)
+    gradient = probabilities * (slope - mean + (z * logits.logsumexp(dim=-1))[:, None])
+    if groups.mask is not None:
+        gradient = gradient * groups.mask.to(device=gradient.device, dtype=gradient.dtype)[:, None]
+    return gradient
 
 
 class DriftSums(NamedTuple):

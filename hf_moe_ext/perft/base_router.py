@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import RouterSite
-from hf_moe_ext.ops.routing import drift_sums
+from hf_moe_ext.ops.routing import DriftSums, drift_sums
 from hf_moe_ext.perft.state import PerftState
 from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord
 
@@ -148,10 +148,9 @@ class _DriftAnchor(torch.autograd.Function):
         difference, rows, weight = ctx.saved_tensors
         tape = ctx.tape
 
-        def objective(leaf: Tensor) -> Tensor:
-            groups = tape.groups("sequence", rows.shape[0])
-            return tape.drift_objective(ctx.adapter, drift_sums(rows.to(leaf.dtype), weight, leaf, ctx.bias, groups))
+        def sums(leaf: Tensor) -> DriftSums:
+            return drift_sums(rows.to(leaf.dtype), weight, leaf, ctx.bias, tape.groups("sequence", rows.shape[0]))
 
-        drift = tape.weighted_gradient(difference, objective)
+        drift = tape.drift_gradient(ctx.adapter, difference, sums)
         gradient = gradients[0]
         return gradient if drift is None else gradient + drift, None, None, None, None, None

@@ -179,7 +179,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                     # that gradient checkpointing does not see again.
                     self.record.sums[name] = router_sums(logits if compiling else logits.detach(), index, groups)
                 if tape.training and settings.coefficients and not compiling:
-                    logits = anchor_router(logits, index, tape, name, self.site_name)
+                    logits = anchor_router(logits, tape, name, self.site_name)
             return index, expert_weights(logits, index, settings.normalize)
 
     def _adapters_of(self, name: str, index: Tensor) -> Tensor:

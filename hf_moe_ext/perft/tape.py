@@ -22,7 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_moe_ext.ops.routing import DriftSums, RouterSums, TokenGroups, load_balance_loss, router_sums, router_z_loss
+from hf_moe_ext.ops.routing import (
+    DriftSums,
+    RouterSums,
+    TokenGroups,
+    load_balance_loss,
+    router_losses_gradient,
+    router_z_loss,
+)
 from hf_moe_ext.perft.batch import LossShare
 
 Scope = Literal["batch", "sequence", "global"]
@@ -47,13 +54,6 @@ class RouterCoefficients:
 
     def __bool__(self) -> bool:
         return self.load_balance != 0 or self.z != 0
-
-    def objective(self, counts: Tensor, sums: RouterSums, tokens: Tensor) -> Tensor:
-        """[groups] the weighted auxiliary loss of these probabilities under the load ``counts / tokens``."""
-        counts, tokens = counts.to(sums.probabilities.device), tokens.to(sums.probabilities.device)
-        return self.load_balance * load_balance_loss(counts, sums.probabilities, tokens) + self.z * router_z_loss(
-            sums.squared_lse, tokens
-        )
 
 
 @dataclass
@@ -130,27 +130,52 @@ class ForwardTape:
             return TokenGroups()
         return TokenGroups(1, sequences.mask) if scope == "batch" else sequences
 
-    def router_gradient(self, adapter: str, layer: str, logits: Tensor, index: Tensor) -> Tensor | None:
+    def router_gradient(self, adapter: str, layer: str, logits: Tensor) -> Tensor | None:
         """Auxiliary gradient [tokens, num_experts] of one layer's logits; None where no loss has passed by."""
+        if not self.weights:
+            warn_no_weight()
+            return None
+        coefficients = self.coefficients[adapter]
+        groups = self.groups(coefficients.scope, logits.shape[0])
+        counts, tokens, layers = (value.to(logits.device) for value in self.load(adapter, layer))
+        weights = self.group_weights(groups.num_groups, logits) / layers
+        return router_losses_gradient(
+            logits, counts, tokens, coefficients.load_balance * weights, coefficients.z * weights, groups
+        )
 
-        def objective(leaf: Tensor) -> Tensor:
-            groups = self.groups(self.coefficients[adapter].scope, logits.shape[0])
-            return self.layer_objective(adapter, layer, router_sums(leaf, index, groups))
+    def group_weights(self, num_groups: int, like: Tensor) -> Tensor:
+        """[num_groups] the weight of each group in the step, on the device and in the dtype of ``like``."""
+        weights = torch.stack([w.to(like.device) for w in self.weights.values()]).sum(dim=0).to(like.dtype)
+        return weights if len(weights) == num_groups else weights.sum(dim=0, keepdim=True)
 
-        return self.weighted_gradient(logits, objective)
+    def load(self, adapter: str, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What the probabilities of one layer's router are weighed against, by the adapter's scope.
 
-    def weighted_gradient(self, value: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Gradient at ``value`` of its objective [groups], each group with its weight; None where no loss passed by."""
+        Returns:
+            counts: [groups, num_experts] tokens per expert.
+            tokens: [groups] what they and the summed probabilities are divided by.
+            layers: [] number of layers whose objectives are averaged.
+        """
+        scope, sums = self.coefficients[adapter].scope, self.sums[adapter, layer]
+        if scope == "batch":
+            pooled = self.pooled(adapter)
+            return pooled.counts, pooled.tokens, torch.ones_like(pooled.tokens[0])
+        counts, layers = sums.counts, torch.full_like(sums.tokens[0], len(self._parts(adapter)))
+        if scope == "global":
+            last = self.last_load.get((adapter, layer))
+            # Before the first step every expert counts as loaded alike, which asks for nothing.
+            counts = sums.tokens[:, None] * (1.0 / counts.shape[1] if last is None else last.to(counts))
+        return counts, sums.tokens, layers
+
+    def drift_gradient(self, adapter: str, difference: Tensor, sums: Callable[[Tensor], DriftSums]) -> Tensor | None:
+        """Gradient of the drift at a base router's difference; None where no loss has passed by."""
         if not self.weights:
             warn_no_weight()
             return None
         with torch.enable_grad():
-            leaf = value.detach().requires_grad_()
-            terms = objective(leaf)
-            weights = torch.stack([w.to(leaf.device) for w in self.weights.values()]).sum(dim=0)
-            if terms.shape != weights.shape:
-                weights = weights.sum(dim=0, keepdim=True)
-            (gradient,) = torch.autograd.grad(terms, leaf, weights.to(terms.dtype))
+            leaf = difference.detach().requires_grad_()
+            terms = self.drift_objective(adapter, sums(leaf))
+            (gradient,) = torch.autograd.grad(terms, leaf, self.group_weights(len(terms), terms))
         return gradient
 
     def drift_objective(self, adapter: str, sums: DriftSums) -> Tensor:
@@ -158,18 +183,12 @@ class ForwardTape:
         layers = sum(name == adapter for name, _ in self.drift)
         return self.coefficients[adapter].drift * (sums.divergence / sums.tokens.clamp(min=1)) / layers
 
-    def layer_objective(self, adapter: str, layer: str, sums: RouterSums) -> Tensor:
-        """[groups] what one layer's probabilities contribute to the weighted auxiliary loss; layers add up to it."""
-        coefficients = self.coefficients[adapter]
-        if coefficients.scope == "batch":
-            pooled = self.pooled(adapter)
-            return coefficients.objective(pooled.counts, sums, pooled.tokens)
-        counts = sums.counts
-        if coefficients.scope == "global":
-            load = self.last_load.get((adapter, layer))
-            # Before the first step every expert counts as loaded alike, which asks for nothing.
-            counts = sums.tokens[:, None] * (1.0 / counts.shape[1] if load is None else load.to(counts))
-        return coefficients.objective(counts, sums, sums.tokens) / len(self._parts(adapter))
+    def layer_objective(self, adapter: str, layer: str) -> Tensor:
+        """[groups] what one layer's router contributes to the weighted auxiliary loss; layers add up to it."""
+        sums, coefficients = self.sums[adapter, layer], self.coefficients[adapter]
+        counts, tokens, layers = (value.to(sums.tokens.device) for value in self.load(adapter, layer))
+        balance = load_balance_loss(counts, sums.probabilities, tokens)
+        return (coefficients.load_balance * balance + coefficients.z * router_z_loss(sums.squared_lse, tokens)) / layers
 
     def by_mechanism(self) -> tuple[bool, bool]:
         """Whether some routers of this pass carry their gradient in their sums (compiled), and some in nodes (eager)."""
@@ -179,7 +198,7 @@ class ForwardTape:
 
     def objective(self) -> Tensor:
         """[sequences] the weighted auxiliary loss of all adapters in this pass; the same for all in the scope "batch"."""
-        terms = [self.layer_objective(adapter, layer, sums) for (adapter, layer), sums in self.sums.items()]
+        terms = [self.layer_objective(adapter, layer) for adapter, layer in self.sums]
         terms += [self.drift_objective(adapter, sums) for (adapter, _), sums in self.drift.items()]
         total = terms[0]
         for term in terms[1:]:
@@ -191,8 +210,8 @@ class _RouterAnchor(torch.autograd.Function):
     """Identity on a router's logits; backward adds the auxiliary gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor, tape: ForwardTape, adapter: str, layer: str) -> Tensor:
-        ctx.save_for_backward(logits, index)
+    def forward(ctx: Any, logits: Tensor, tape: ForwardTape, adapter: str, layer: str) -> Tensor:
+        ctx.save_for_backward(logits)
         ctx.tape, ctx.adapter, ctx.layer = tape, adapter, layer
         return logits.view_as(logits)
 
@@ -200,7 +219,7 @@ class _RouterAnchor(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         auxiliary = ctx.tape.router_gradient(ctx.adapter, ctx.layer, *ctx.saved_tensors)
         gradient = gradients[0]
-        return gradient if auxiliary is None else gradient + auxiliary, None, None, None, None
+        return gradient if auxiliary is None else gradient + auxiliary, None, None, None
 
 
 class _LossAnchor(torch.autograd.Function):
@@ -219,9 +238,9 @@ class _LossAnchor(torch.autograd.Function):
         return gradients[0], None, None, None, None
 
 
-def anchor_router(logits: Tensor, index: Tensor, tape: ForwardTape, adapter: str, layer: str) -> Tensor:
+def anchor_router(logits: Tensor, tape: ForwardTape, adapter: str, layer: str) -> Tensor:
     """Let the auxiliary gradient of ``tape`` reach these logits [tokens, num_experts]."""
-    return _RouterAnchor.apply(logits, index, tape, adapter, layer)
+    return _RouterAnchor.apply(logits, tape, adapter, layer)
 
 
 def anchor_loss(value: Tensor, share: LossShare, owner: Any, tape: ForwardTape, source: str) -> Tensor:

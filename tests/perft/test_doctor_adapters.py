@@ -16,7 +16,16 @@ from support.doctor import adapter_folder, base_folder, codes, only, rewrite, se
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"variant": "E"}, {"variant": "D"}, {"variant": "S"}, {"task_type": "CAUSAL_LM"}]
+    "settings",
+    [
+        {},
+        {"variant": "E"},
+        {"variant": "D"},
+        {"variant": "S"},
+        {"task_type": "CAUSAL_LM"},
+        {"variant": "E", "expert_ids": [1, 4], "base_router": "train"},
+        {"shared_A": True, "base_router": "lora", "router_aux_loss_scope": "global"},
+    ],
 )
 def test_a_good_adapter_is_well(settings: dict[str, Any], tmp_path: Path) -> None:
     diagnosis = diagnose(str(adapter_folder(tmp_path, **settings)))
@@ -27,13 +36,14 @@ def test_a_good_adapter_is_well(settings: dict[str, Any], tmp_path: Path) -> Non
     json.dumps(diagnosis.as_dict())
 
 
-def test_without_its_base_an_adapter_is_read_from_its_file_alone(tmp_path: Path) -> None:
-    adapter = adapter_folder(tmp_path, modules_to_save=["lm_head"])
+@pytest.mark.parametrize("settings", [{}, {"shared_A": True, "base_router": "lora"}, {"base_router": "train"}])
+def test_without_its_base_an_adapter_is_read_from_its_file_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    adapter = adapter_folder(tmp_path, modules_to_save=["lm_head"], **settings)
     whole = diagnose(str(adapter))
     shutil.move(tmp_path / "base", tmp_path / "elsewhere")
     alone = diagnose(str(adapter))
     assert "--base-model" in only(alone, "warning", "base-not-found")
-    assert alone.rows == whole.rows
+    assert sorted(alone.rows, key=lambda row: row.module) == sorted(whole.rows, key=lambda row: row.module)
     assert alone.also_trains == whole.also_trains == {"lm_head.weight": (zoo.VOCAB_SIZE, 32)}
     assert diagnose(str(adapter), base_model=str(tmp_path / "elsewhere")).findings == []
 

@@ -117,13 +117,18 @@ def rows_of_header(header: Mapping[str, TensorShape], config: PerftConfig) -> li
 
 
 def _row(module: str, tensors: dict[str, tuple[int, ...]], config: PerftConfig) -> TrainableRow:
-    router = math.prod(tensors["perft_router"]) if "perft_router" in tensors else 0
-    total = sum(math.prod(shape) for shape in tensors.values())
+    sizes = {name: math.prod(shape) for name, shape in tensors.items()}
+    total = sum(sizes.values())
     active: int | None = total
-    if config.variant == "E":
+    if "perft_B" not in tensors:
+        pass  # a base router, which every token uses whole
+    elif config.variant == "E":
         active = None  # the base model's top-k
     elif config.variant == "R":
-        active = (total - router) * (config.top_k or 1) // (config.num_experts or 1) + router
+        chosen, stored = config.top_k or 1, config.num_experts or 1
+        size_A = sizes.get("perft_A", 0)  # a broken file may lack it
+        used_A = size_A if config.shared_A else size_A * chosen // stored
+        active = used_A + sizes["perft_B"] * chosen // stored + sizes.get("perft_router", 0)
     return TrainableRow(module, tensors, total, active)
 
 
