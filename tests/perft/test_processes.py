@@ -157,18 +157,32 @@ def train_with(rank, world_size, kind, folder, scope, average):
     return [{name.removeprefix("module."): g for name, g in grads.items()} for grads in keep.steps]
 
 
-@pytest.mark.parametrize(("kind", "scope"), [("Trainer", "batch"), ("Trainer", "global"), ("SFTTrainer", "sequence")])
-def test_trainers_on_two_processes(kind, scope, tmp_path):
-    """Two rows a batch, two batches a process, two processes: all eight rows are in each step."""
-    ranks = run_ranks(train_with, 2, kind, str(tmp_path), scope, True)
+@pytest.mark.parametrize(
+    ("kind", "scope", "average"),
+    [
+        ("Trainer", "batch", True),
+        ("Trainer", "global", True),
+        ("Trainer", "sequence", False),
+        ("SFTTrainer", "sequence", True),
+    ],
+)
+def test_trainers_on_two_processes(kind, scope, average, tmp_path):
+    """Two rows a batch, two batches a process, two processes: all eight rows are in each step.
+
+    With average_tokens_across_devices every loss token of the step weighs the same; without it, those of a process do,
+    and DDP takes the mean over processes.
+    """
+    ranks = run_ranks(train_with, 2, kind, str(tmp_path), scope, average)
     model, data = perft_r(router_aux_loss_scope=scope), rows(8)
     batches = [collate([{"input_ids": r} for r in data[i : i + 2]]) for i in range(0, 8, 2)]
     assert len({loss_tokens(b) for b in batches}) > 2
-    total, last_load, expected = sum(map(loss_tokens, batches)), None, []
+    # Accelerate deals out batches in turn.
+    totals = [sum(loss_tokens(b) for b in batches[rank::2]) for rank in range(2)]
+    totals = [sum(totals)] * 2 if average else [2 * total for total in totals]
+    last_load, expected = None, []
     for _ in range(STEPS):
-        parts = [explicit_objective(model, inputs, total, last_load) for inputs in batches]
+        parts = [explicit_objective(model, b, totals[i % 2], last_load) for i, b in enumerate(batches)]
         expected.append(gradients(model, sum(part for part, _ in parts)))
         last_load = loads(batches, [index for _, index in parts])
-    assert_steps_equal(
-        ranks, expected, kind, 1e-10 if kind == "Trainer" else 1e-7
-    )  # TRL's log-probabilities are float32
+    # TRL's log-probabilities are float32.
+    assert_steps_equal(ranks, expected, kind, 1e-10 if kind == "Trainer" else 1e-7)
