@@ -147,8 +147,8 @@ def attach(
     try:
         expert_ids = None
         if fraction is not None and rows is not None:
-            first = rows.select(range(min(CALIBRATION_ROWS, len(rows))))
-            batches = (collator(first[i : i + 8].to_list()) for i in range(0, len(first), 8))
+            first = rows.select(range(min(CALIBRATION_ROWS, len(rows)))).to_list()
+            batches = (collator(first[i : i + 8]) for i in range(0, len(first), 8))
             expert_ids = choose_experts_to_adapt(model, batches, fraction)
         config = build_adapter_config(arguments, expert_ids)
         return model if config is None else get_peft_model(model, config)

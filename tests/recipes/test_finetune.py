@@ -112,7 +112,8 @@ def test_the_whole_quickstart_in_small(quickstart_flags: list[str], base_cache: 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--variant", "E"],
+        ["--variant", "E", "--expert_fraction", "0.5"],
+        ["--variant", "E", "--base_router", "lora", "--router_learning_rate", "1e-2", "--shared_A", "true"],
         ["--variant", "R", "--router_learning_rate", "1e-2", "--eval_strategy", "steps", "--eval_steps", "2"],
         ["--peft", "lora"],
         ["--peft", "full"],
@@ -132,6 +133,9 @@ def test_another_model_and_a_file(flags: list[str], olmoe_dir: Path, json_file: 
         assert "after" not in metrics["loss"]
         return
     assert metrics["steps"] == 3
+    if "--expert_fraction" in flags:
+        config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+        assert [len(ids) for ids in config["expert_ids"].values()] == [2, 2]
     assert metrics["loss"]["rows"] == 1
     assert (tmp_path / "run" / HEAT_MAP).exists() == (flags[1] == "R")
     assert metrics["parameters"]["active"] <= metrics["parameters"]["trainable"]
