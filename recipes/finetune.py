@@ -42,7 +42,7 @@ from finetune_model import (
     load_outline,
     load_tokenizer,
 )
-from held_out import HeldOut, MeasureFirst, Measurement
+from held_out import HeldOut, MeasureFirst, Measurement, read_measurement
 from hf_moe_ext import RouterLoadCallback, param_groups
 from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder
 from quickstart.corpus import Corpus, read_corpus
@@ -93,6 +93,7 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
     clock, training = Clock(), arguments.training
     refuse_mistakes(arguments)
     checkpoint = find_checkpoint(arguments)
+    known = None if checkpoint is None else read_measurement(checkpoint, BEFORE)
     set_seed(training.seed)
 
     with clock("data"), training.main_process_first(desc="read data"):
@@ -113,7 +114,7 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
         with clock("before"):
             before = measure_base(arguments, path, tokenizer, held_out)
     else:
-        before, trained = train(arguments, path, tokenizer, train_rows, held_out, checkpoint, clock)
+        before, trained = train(arguments, path, tokenizer, train_rows, held_out, checkpoint, known, clock)
     metrics = {
         "command": command,
         "settings": arguments.describe(),
@@ -166,14 +167,16 @@ def train(
     rows: Dataset,
     held_out: HeldOut,
     checkpoint: str | None,
+    known: Measurement | None,
     clock: "Clock",
 ) -> tuple[Measurement, Trained]:
     """Attach, measure, train with the plain Trainer, save, and measure again."""
     set_seed(arguments.training.seed)
     base = load_model(arguments.model, path, arguments.training.world_size)
-    model = attach(base, arguments.adapter, rows, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    model = attach(base, arguments.adapter, rows, collator, checkpoint)
     trainer = build_trainer(arguments, model, tokenizer, rows, held_out.encoded)
-    first = MeasureFirst(trainer, held_out, arguments.output_dir / BEFORE, checkpoint is not None)
+    first = MeasureFirst(trainer, held_out, arguments.output_dir / BEFORE, known)
     trainer.add_callback(first)
     with clock("train"):
         trainer.train(resume_from_checkpoint=checkpoint)

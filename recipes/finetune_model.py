@@ -1,6 +1,8 @@
 """The model of a run: loading it, and making it trainable the way `--peft` says."""
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,7 +132,11 @@ def load_outline(arguments: ModelArguments) -> PreTrainedModel:
 
 
 def attach(
-    model: PreTrainedModel, arguments: AdapterArguments, rows: Dataset | None = None, collator: Any = None
+    model: PreTrainedModel,
+    arguments: AdapterArguments,
+    rows: Dataset | None = None,
+    collator: Any = None,
+    checkpoint: str | None = None,
 ) -> torch.nn.Module:
     """Add the adapter; the model itself for full and none.
 
@@ -139,6 +145,7 @@ def attach(
         arguments: The settings.
         rows: Encoded train rows, for `--expert_fraction`; None leaves the choice of experts out (an outline has no weights).
         collator: Makes batches of them.
+        checkpoint: To go on from, whose experts are kept.
 
     Raises:
         UserError: The model cannot take it.
@@ -146,7 +153,9 @@ def attach(
     fraction = arguments.expert_fraction if (arguments.peft, arguments.variant) == ("perft", "E") else None
     try:
         expert_ids = None
-        if fraction is not None and rows is not None:
+        if fraction is not None and checkpoint is not None:
+            expert_ids = json.loads(Path(checkpoint, "adapter_config.json").read_text(encoding="utf-8"))["expert_ids"]
+        elif fraction is not None and rows is not None:
             first = rows.select(range(min(CALIBRATION_ROWS, len(rows)))).to_list()
             batches = (collator(first[i : i + 8]) for i in range(0, len(first), 8))
             expert_ids = choose_experts_to_adapt(model, batches, fraction)

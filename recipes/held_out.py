@@ -54,6 +54,26 @@ class Measurement:
         return cls(losses, saved["router_load"], saved["texts"], saved["accuracy"])
 
 
+def read_measurement(checkpoint: str, name: str) -> Measurement:
+    """What the run of a checkpoint measured before its first step.
+
+    Args:
+        checkpoint: The `checkpoint-N` folder; the measurement lies beside it.
+        name: Of the file.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(checkpoint).parent / name
+    try:
+        return Measurement.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {path} of that run cannot be read ({error}), so there is nothing to compare "
+            "with. Start again in a new --output_dir."
+        ) from error
+
+
 class MeasureFirst(TrainerCallback):
     """Measures the model before its first step, in the Trainer that trains it, and keeps that for a resumed run.
 
@@ -65,36 +85,25 @@ class MeasureFirst(TrainerCallback):
         trainer: That trains.
         held_out: Rows to measure on.
         path: Where the measurement is kept.
-        resumed: The model will hold a checkpoint when training begins; read the measurement back.
-
-    Raises:
-        UserError: The run to resume has left no measurement.
+        known: The measurement of the run that is resumed, whose model will hold a checkpoint when training begins.
     """
 
     measurement: Measurement
 
-    def __init__(self, trainer: Trainer, held_out: "HeldOut", path: Path, resumed: bool) -> None:
-        self.trainer, self.held_out, self.path, self.resumed = trainer, held_out, path, resumed
+    def __init__(self, trainer: Trainer, held_out: "HeldOut", path: Path, known: Measurement | None) -> None:
+        self.trainer, self.held_out, self.path, self.known = trainer, held_out, path, known
         self.seconds = 0.0
-        if resumed:
-            try:
-                saved = Measurement.from_dict(json.loads(path.read_text(encoding="utf-8")))
-                # As in the run that wrote it, only the first process has texts.
-                self.measurement = saved if trainer.is_world_process_zero() else replace(saved, texts=[])
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(
-                    f"--resume_from_checkpoint: {path} of that run cannot be read ({error}), so there is nothing to "
-                    "compare with. Start again with --overwrite_output_dir."
-                ) from error
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Measure; the random state stays as it was."""
-        if self.resumed:
-            return
-        began = time.monotonic()
-        with torch.random.fork_rng():
-            self.measurement = self.held_out.measure(self.trainer, "before")
-        if self.trainer.is_world_process_zero():
+        began, first = time.monotonic(), self.trainer.is_world_process_zero()
+        if self.known is not None:
+            # As in the run that wrote it, only the first process has texts.
+            self.measurement = self.known if first else replace(self.known, texts=[])
+        else:
+            with torch.random.fork_rng():
+                self.measurement = self.held_out.measure(self.trainer, "before")
+        if first:
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self.measurement.as_dict()), encoding="utf-8")
             partial.replace(self.path)

@@ -69,6 +69,12 @@ def find_checkpoint(arguments: Arguments) -> str | None:
     """
     if not wants_resume(arguments):
         return None
+    if arguments.adapter.peft == "full":
+        raise UserError(
+            "--resume_from_checkpoint with --peft full: the Trainer reads such a checkpoint tensor by tensor, and the "
+            "experts of Transformers 5 are saved under other names than they are held, so they would fall back to the "
+            "base's. Start again, or train an adapter."
+        )
     value = str(arguments.training.resume_from_checkpoint)
     if value.lower() not in _TRUE:
         if not (Path(value) / "trainer_state.json").is_file():

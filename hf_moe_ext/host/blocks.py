@@ -55,7 +55,7 @@ class RouterSite:
 
 
 def find_router(model: nn.Module, site: ExpertsSite) -> RouterSite | None:
-    """The router of a block, by structure: beside the experts, with one weight row for each of them."""
+    """The router of a block, by structure: beside the experts, one weight row for each of them, applied to its input."""
     block_name = site.name.rpartition(".")[0]
     block = model.get_submodule(block_name)
     children = dict(block.named_children())
@@ -67,7 +67,12 @@ def find_router(model: nn.Module, site: ExpertsSite) -> RouterSite | None:
             continue
         parameters = dict(module.named_parameters())
         weights = [n for n, p in parameters.items() if p.ndim == 2 and p.shape[0] == site.num_experts]
-        if len(weights) == 1:
+        # A scale or norm [hidden] before the weight (Gemma 4): the weight does not see the rows the router is called with.
+        transforms = len(weights) == 1 and any(
+            p.ndim == 1 and p.shape[0] == parameters[weights[0]].shape[1] != site.num_experts
+            for p in parameters.values()
+        )
+        if len(weights) == 1 and not transforms:
             bias = weights[0].removesuffix("weight") + "bias"
             rows, width = parameters[weights[0]].shape
             return RouterSite(

@@ -171,3 +171,14 @@ def loss_shifts_labels(model: nn.Module) -> bool:
     loss_type = str(getattr(model, "loss_type", None))
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not encoder_decoder
+
+
+def loss_counts_items(model: nn.Module) -> bool:
+    """Whether the model's loss divides by ``num_items_in_batch``; heads for classification take it and ignore it."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
+
+    # An unknown type falls back to the causal loss, in Transformers too.
+    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None)), ForCausalLMLoss) in (
+        ForCausalLMLoss,
+        ForMaskedLMLoss,
+    )

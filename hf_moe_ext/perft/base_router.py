@@ -9,16 +9,16 @@ import math
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import RouterSite
 from hf_moe_ext.ops.routing import DriftSums, drift_sums
 from hf_moe_ext.perft.state import PerftState
-from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord
+from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord, warn_no_weight
+from hf_moe_ext.perft.tuner_layer import PerftTunerLayer
 
 
-class BaseRouterLayer(nn.Module, BaseTunerLayer):
+class BaseRouterLayer(PerftTunerLayer):
     """Wraps the router of one block; calls it with its weight plus the active adapters' differences.
 
     Parameters, one per adapter name: ``perft_base_router`` [num_experts, hidden] (base_router="train"), or
@@ -51,7 +51,7 @@ class BaseRouterLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     def update_layer(self, name: str, rank: int | None, scale: float, init_weights: bool | str) -> None:
-        """Add or replace the difference of the adapter ``name``; ``rank`` None: a whole one."""
+        """Add the difference of the adapter ``name``; ``rank`` None: a whole one."""
         weight, (rows, width) = self._weight(), (self.out_features, self.in_features)
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
@@ -89,6 +89,8 @@ class BaseRouterLayer(nn.Module, BaseTunerLayer):
                 difference = self.difference(name)
                 if tape is not None:
                     difference = self._watch(name, difference, hidden_states, tape)
+                elif self.training and torch.is_grad_enabled() and self._coefficients(name).drift:
+                    warn_no_weight()  # called past the model
                 tuned = tuned + difference
         # A call with another weight, not a copy of the module: hooks on the router (recorders, expert parallelism) stay.
         return torch.func.functional_call(
@@ -97,7 +99,7 @@ class BaseRouterLayer(nn.Module, BaseTunerLayer):
 
     def _watch(self, name: str, difference: Tensor, hidden_states: Tensor, tape: ForwardTape) -> Tensor:
         """Record the drift of this pass, and let its gradient reach the difference."""
-        coefficients = self.state.coefficients.get(name, RouterCoefficients())
+        coefficients = self._coefficients(name)
         rows = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
         weight = self._weight().detach().to(difference.dtype)
         bias = (
@@ -111,22 +113,15 @@ class BaseRouterLayer(nn.Module, BaseTunerLayer):
             return _DriftAnchor.apply(difference, rows, weight, bias, tape, name)
         return difference
 
+    def _coefficients(self, name: str) -> RouterCoefficients:
+        return self.state.coefficients.get(name, RouterCoefficients())
+
     def _weight(self) -> Tensor:
         return self._parameter(self.site.weight_name)
 
     def _parameter(self, path: str) -> Tensor:
         owner, _, name = path.rpartition(".")
         return getattr(self.base_layer.get_submodule(owner), name)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: the adapter beside it cannot be merged either."""
-        from hf_moe_ext.perft.layer import MERGE_REFUSAL
-
-        raise ValueError(MERGE_REFUSAL)
-
-    def unmerge(self) -> None:
-        """Refuse: nothing was ever merged."""
-        self.merge()
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
         return self._weight().device, None

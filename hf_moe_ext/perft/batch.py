@@ -27,15 +27,16 @@ class LossShare:
 
     def weights(self, gradient: Tensor) -> Tensor:
         """[sequences] weight of each sequence in the step, from the gradient of the loss [] or of the values' shape."""
-        return self.sequences.sum((gradient * self.values).reshape(-1))
+        # Labels may have stayed on another device than the loss.
+        return self.sequences.sum((gradient * self.values.to(gradient.device)).reshape(-1))
 
     def attach(self, value: Tensor, objective: Tensor) -> Tensor:
         """``value`` unchanged, with the gradient of ``objective`` [sequences], weighted by the shares, behind it."""
         silent = objective - objective.detach()
         if value.ndim == 0:
             return value + (self.weights(torch.ones_like(value)) * silent).sum().to(value.dtype)
-        spread = self.sequences.spread(silent, self.values.numel()).view_as(self.values)
-        return value + (self.values * spread).to(value.dtype)
+        values = self.values.to(value.device)
+        return value + (values * self.sequences.spread(silent, values.numel()).view_as(values)).to(value.dtype)
 
 
 def read_rows(inputs: dict[str, Any]) -> Tensor | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import ExpertsSite, iterate_experts
@@ -39,7 +40,9 @@ def choose_experts_to_adapt(
         raise ValueError(f"choose_experts_to_adapt: expert_fraction must be in (0, 1]; got {expert_fraction!r}")
     if by not in ("tokens", "weights"):
         raise ValueError(f"choose_experts_to_adapt: by must be 'tokens' or 'weights'; got {by!r}")
-    sites = list(iterate_experts(model))
+    # Names as PerftConfig wants them: without the prefix of a PeftModel.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    sites = list(iterate_experts(base))
     if not sites:
         raise ValueError(f"choose_experts_to_adapt: no MoE block found in {type(model).__name__}")
     use = count_expert_use(model, sites, batches, by)
@@ -74,7 +77,7 @@ def count_expert_use(
         return hook
 
     handles = [site.experts.register_forward_pre_hook(count(site), with_kwargs=True) for site in sites]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         device = next(model.parameters()).device
@@ -84,7 +87,8 @@ def count_expert_use(
             mask[0] = attention.reshape(-1).cpu().double() if attention is not None and attention.ndim == 2 else None
             model(**inputs)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for handle in handles:
             handle.remove()
     return use

@@ -57,7 +57,8 @@ def check_sizes(config: PerftConfig) -> None:
     check_number("lora_dropout", config.lora_dropout, float, "a probability in [0, 1)", lambda v: 0 <= v < 1)
     if config.normalize_top_k not in (None, True, False):
         raise ValueError(f"PerftConfig: normalize_top_k must be None, True or False; got {config.normalize_top_k!r}")
-    if config.adapter == "parallel" and (config.lora_alpha != 32 or config.alpha_pattern):
+    unscaled = config.adapter == "parallel" and config.base_router != "lora"
+    if unscaled and (config.lora_alpha != 32 or config.alpha_pattern):
         warnings.warn("PerftConfig: lora_alpha has no effect on adapter='parallel', whose scale is 1", stacklevel=4)
 
 
@@ -118,7 +119,8 @@ def resolve_base_router(config: PerftConfig) -> None:
 def check_experts(config: PerftConfig) -> None:
     if config.shared_A not in (True, False):
         raise ValueError(f"PerftConfig: shared_A must be True or False; got {config.shared_A!r}")
-    if config.shared_A and (config.variant == "S" or config.num_experts == 1):
+    single = isinstance(config.expert_ids, list) and len(config.expert_ids) == 1
+    if config.shared_A and (config.variant == "S" or config.num_experts == 1 or single):
         raise ValueError("PerftConfig: shared_A=True needs several adapters per layer to share it; leave it out")
     if config.expert_ids is None:
         return

@@ -19,7 +19,8 @@ def param_groups(
     Args:
         model: a model with PERFT adapters; only what requires a gradient is taken.
         lr: learning rate of the adapters and of whatever else trains.
-        router_lr: learning rate of the routers (the adapters' own and the base model's); None: ``lr``.
+        router_lr: learning rate of the routers (the adapters' own, and the base model's where ``base_router`` tunes it);
+            None: ``lr``.
         weight_decay: of everything but routers, biases and norms.
 
     Returns:

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import ExpertsSite
@@ -19,12 +18,8 @@ from hf_moe_ext.ops.routed_adapter import routed_adapter
 from hf_moe_ext.ops.routing import choose_experts, expert_weights, router_logits, router_sums
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.state import PerftState
-from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord, anchor_router, warn_no_weight
-
-MERGE_REFUSAL = (
-    "PERFT adapters cannot be merged: they add a routed term to the block's output that no base weight can hold; "
-    "keep the adapter beside the model (it loads and generates unmerged), or call unload() for the bare base model"
-)
+from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, anchor_router, warn_no_weight
+from hf_moe_ext.perft.tuner_layer import PerftTunerLayer
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,7 @@ class AdapterSettings:
     num_experts: int
     rank: int
     scale: float
+    lora_scale: float
     dropout: float
     top_k: int = 0
     normalize: bool = False
@@ -44,7 +40,7 @@ class AdapterSettings:
     coefficients: RouterCoefficients = field(default_factory=RouterCoefficients)
 
 
-class PerftLayer(nn.Module, BaseTunerLayer):
+class PerftLayer(PerftTunerLayer):
     """Wraps the ``experts`` of one block.
 
     Parameters, one per adapter name: ``perft_A`` [num_experts, r, hidden] (or [1, r, hidden], shared), ``perft_B`` [num_experts, hidden, r],
@@ -64,7 +60,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.settings: dict[str, AdapterSettings] = {}
         self.adapter_of_expert: dict[str, Tensor] = {}
         self.state = state
-        self.record: RouterRecord = state.record_of(site.name)
+        self.record = state.record_of(site.name)
         self.site_name = site.name
         self.in_features = self.out_features = site.hidden_size
         self.base_num_experts = site.num_experts
@@ -74,7 +70,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def update_layer(self, name: str, settings: AdapterSettings, init_weights: bool | str) -> None:
-        """Add or replace the adapter ``name``."""
+        """Add the adapter ``name``."""
         device, dtype = _parameter_device_and_dtype(self.get_base_layer())
         num_experts, rank, hidden_size = settings.num_experts, settings.rank, self.in_features
         self.settings[name] = settings
@@ -111,16 +107,6 @@ class PerftLayer(nn.Module, BaseTunerLayer):
                 B.uniform_(-1.0, 1.0).mul_(1.0 / math.sqrt(rank))
         if name in self.perft_router:
             self.perft_router[name].normal_(0.0, 0.02)
-
-    def take_base_dtype(self, name: str) -> None:
-        """Give the adapter ``name`` the half precision of the experts; packed or full-precision experts change nothing."""
-        parameter = next(self.get_base_layer().parameters(), None)
-        if parameter is None or parameter.dtype not in (torch.float16, torch.bfloat16):
-            return
-        for tensors in (self.perft_A, self.perft_B, self.perft_router):
-            if name in tensors:
-                old = tensors[name]
-                tensors[name] = nn.Parameter(old.detach().to(parameter.dtype), requires_grad=old.requires_grad)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts' output plus the active adapters'; hidden_states [tokens, hidden], as the experts take them."""
@@ -211,30 +197,10 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         return given[self._arguments[0]], given[self._arguments[1]]
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a routed term has no place in the base weights."""
-        raise ValueError(MERGE_REFUSAL)
-
-    def unmerge(self) -> None:
-        """Refuse: nothing was ever merged."""
-        raise ValueError(MERGE_REFUSAL)
-
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
         # PEFT looks for a `weight`, which no experts module has, and would leave adapters on the CPU. No dtype: they
         # stay float32 beside a base in bfloat16.
         return _parameter_device_and_dtype(base_layer)[0], None
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT has filtered these keys already where ignore_mismatched_sizes asks for that.
-        for key, parameter in self.named_parameters():
-            value = state_dict.get(prefix + key)
-            if key.startswith("perft_") and value is not None and value.shape != parameter.shape:
-                self.state.refuse_load(
-                    key.rpartition(".")[2],
-                    f"adapter file: {prefix + key} has shape {tuple(value.shape)}, but this model with this configuration "
-                    f"needs {tuple(parameter.shape)}; load it on the base model it was trained for",
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set trainability; Transformers' ``load_adapter`` freezes each layer so, right after it has loaded them."""
@@ -276,6 +242,7 @@ def resolve_settings(
         num_experts=num_experts,
         rank=rank,
         scale=alpha / rank if config.adapter == "lora" else 1.0,
+        lora_scale=alpha / rank,
         dropout=config.lora_dropout,
         top_k=config.top_k or 0,
         normalize=normalize,

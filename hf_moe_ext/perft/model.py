@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import ExpertsSite, explain_no_blocks, find_router, iterate_experts, read_experts
 from hf_moe_ext.host.families import FAMILIES, normalizes_top_k
+from hf_moe_ext.host.quantization import is_quantised
 from hf_moe_ext.perft.adapter_files import KEY_PREFIX
 from hf_moe_ext.perft.base_router import BaseRouterLayer
 from hf_moe_ext.perft.config import PerftConfig
 from hf_moe_ext.perft.gradient_sync import broadcast, check_attachable, is_distributed
-from hf_moe_ext.perft.layer import MERGE_REFUSAL, AdapterSettings, PerftLayer, resolve_settings
+from hf_moe_ext.perft.layer import AdapterSettings, PerftLayer, resolve_settings
 from hf_moe_ext.perft.report import describe_trainable, warn_unquantised
 from hf_moe_ext.perft.state import PerftState, describe_key_mismatch
+from hf_moe_ext.perft.tuner_layer import MERGE_REFUSAL, PerftTunerLayer
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +107,15 @@ class PerftModel(BaseTuner):
                 f"PerftConfig: modules_to_save names {', '.join(lost)}, which this model does not have; leave it out, or "
                 "give a module's name as in model.named_modules()"
             )
+        if isinstance(config.expert_ids, dict) and (unknown := sorted(set(config.expert_ids) - set(matched))):
+            raise ValueError(
+                f"PerftConfig: expert_ids has an entry for {unknown[0]!r}, which is not adapted; this model adapts: "
+                f"{', '.join(matched)}"
+            )
         for name in matched:
             self._settings(config, name, sites[name], model)  # raises here rather than half-way
-            if config.base_router != "frozen" and find_router(model, sites[name]) is None:
-                raise ValueError(
-                    f"PerftConfig: base_router={config.base_router!r} needs a router with one weight row per expert beside "
-                    f"{name!r}, and this block has none; leave it 'frozen'"
-                )
+            if config.base_router != "frozen":
+                _check_base_router(config, model, sites[name])
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
@@ -168,7 +172,7 @@ class PerftModel(BaseTuner):
             setattr(self.model.get_submodule(parent), attribute, module)
             state.site_names.append(router.name)
         rank = settings.rank if config.base_router == "lora" else None
-        module.update_layer(adapter_name, rank, config.lora_alpha / settings.rank, config.init_weights)
+        module.update_layer(adapter_name, rank, settings.lora_scale, config.init_weights)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT would copy `weight` and move the adapter to its device; experts have none, and the layer has placed itself.
@@ -178,7 +182,7 @@ class PerftModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:  # FSDP1, for one, needs a single dtype
             for module in self.model.modules():
-                if isinstance(module, PerftLayer):
+                if isinstance(module, PerftTunerLayer):
                     module.take_base_dtype(adapter_name)
 
     @contextmanager
@@ -289,6 +293,20 @@ class PerftModel(BaseTuner):
                 raise ValueError(message)
             state.refuse_load(adapter_name, message)
         return remapped
+
+
+def _check_base_router(config: PerftConfig, model: nn.Module, site: ExpertsSite) -> None:
+    router = find_router(model, site)
+    if router is None:
+        raise ValueError(
+            f"PerftConfig: base_router={config.base_router!r} needs a router beside {site.name!r} that is one weight row per "
+            "expert applied to its input, and this block has none (or a packed one); leave it 'frozen'"
+        )
+    if is_quantised(model.get_submodule(router.name).get_parameter(router.weight_name)):
+        raise ValueError(
+            f"PerftConfig: base_router={config.base_router!r} adds to the weight of {router.name!r}, which is quantised; "
+            "leave it 'frozen', or keep the router out of the quantisation"
+        )
 
 
 def _expert_ids(config: PerftConfig, name: str, num_experts: int) -> tuple[int, ...] | None:

@@ -35,7 +35,7 @@ class RouterLoad:
             # Batches have other sequences, so only their sum is kept.
             drift = DriftSums(drift.divergence.sum(), drift.before, drift.after, drift.tokens.sum()).detach()
             self._drift[key] = self._drift[key] + drift if key in self._drift else drift
-        for adapter in {name for name, _ in tape.sums}:
+        for adapter in dict.fromkeys(name for name, _ in tape.sums):  # the same order on every process
             pooled = tape.pooled(adapter)
             values = torch.cat(
                 [

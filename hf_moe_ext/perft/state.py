@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import delete_adapter
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from hf_moe_ext.host.families import loss_shifts_labels
+from hf_moe_ext.host.families import loss_counts_items, loss_shifts_labels
 from hf_moe_ext.perft.batch import LossShare, is_packed, read_rows, read_sequences, share_of_log_probs, share_of_loss
 from hf_moe_ext.perft.gradient_sync import is_distributed, share_gradient
 from hf_moe_ext.perft.step_load import StepWatch, add_load
@@ -28,7 +28,8 @@ class PerftState:
         records: path of an experts module -> what its layer's routers did.
         coefficients: adapter -> weights of its routers' auxiliary losses.
         fresh: adapters made from a file's configuration and not used yet; a load that fails takes them off again.
-        site_names: path of every wrapped experts module.
+        site_names: path of every wrapped module.
+        rows_per_name: rows of the batch that share one name of ``row_adapters`` (beams).
         is_distributed: Transformers has spread the model over several processes.
     """
 
@@ -47,7 +48,7 @@ class PerftState:
         self.site_names: list[str] = []
         self.is_distributed = is_distributed(model)
         self._argument_names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._shifts_labels = loss_shifts_labels(model)
+        self._shifts_labels, self._counts_items = loss_shifts_labels(model), loss_counts_items(model)
         # Hooks on the model itself, not on PeftModel: model.add_adapter has no PeftModel around it.
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -75,6 +76,12 @@ class PerftState:
     def shared(self, parameter: Tensor) -> Tensor:
         """The parameter as a layer uses it; where Transformers has distributed the model, all ranks share its gradient."""
         return share_gradient(parameter) if self.is_distributed else parameter
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of all adapters."""
+        model = self._model()
+        named = [] if model is None else model.named_parameters()
+        return [p for name, p in named if ".perft_" in name and p.requires_grad]
 
     def _watch_steps(self) -> None:
         if self._step_watch is None and any(c.scope == "global" for c in self.coefficients.values()):
@@ -116,6 +123,7 @@ class PerftState:
         """Undo a half-made attachment: the adapter goes, and with the last one every wrapper and trace of it."""
         model: Any = self._model()
         delete_adapter(model, adapter, prefix="perft_")
+        self.coefficients.pop(adapter, None)  # also where no layer had been made yet
         getattr(model, "peft_config", {}).pop(adapter, None)
         if getattr(model, "peft_config", None):
             return
@@ -227,6 +235,8 @@ class PerftState:
         """With which weight each sequence of the pass enters the model's own loss."""
         rows = read_rows(inputs)
         assert rows is not None  # the tape was made from them
+        if not self._counts_items:
+            inputs = inputs | {"num_items_in_batch": None}
         return share_of_loss(inputs, tape.sequences, rows.shape[0], self._shifts_labels)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_moe_ext.ops.routing import RouterSums
@@ -27,7 +27,7 @@ def close_step(records: Mapping[str, RouterRecord]) -> None:
     """Make the load counted since the last step, summed over all processes, the one the next step uses."""
     held = [(record, adapter) for record in records.values() for adapter in record.load]
     if not held:
-        return  # an optimizer of another model, or the second part of a sharded optimizer's step
+        return  # the second part of a sharded optimizer's step
     loads = [record.load[adapter] for record, adapter in held]
     counts = torch.cat([load.to(loads[0].device) for load in loads])  # one collective for all layers
     counts = sum_over_processes(counts)
@@ -55,9 +55,10 @@ class StepWatch:
     def __init__(self, owner: Any) -> None:
         watched = weakref.ref(owner)
 
-        def close(*_: Any) -> None:
-            if watched() is not None:
-                close_step(watched().records)  # type: ignore[union-attr]
+        def close(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            state = watched()
+            if state is not None and _steps(optimizer, state.adapter_parameters()):
+                close_step(state.records)
 
         self._handle = register_optimizer_step_post_hook(close)
         weakref.finalize(owner, self._handle.remove)
@@ -65,3 +66,10 @@ class StepWatch:
     def remove(self) -> None:
         """Stop listening."""
         self._handle.remove()
+
+
+def _steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Whether this is the optimizer of these parameters, and not another model's."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # DeepSpeed hands flattened copies to its optimizer, and marks the parameters they came from.
+    return any(id(p) in held or hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters)

@@ -75,6 +75,11 @@ class RouterRecord:
     load: dict[str, Tensor] = field(default_factory=dict)
     last_load: dict[str, Tensor] = field(default_factory=dict)
 
+    def forget(self, adapter: str) -> None:
+        """Drop everything about one adapter."""
+        for held in (self.sums, self.drift, self.load, self.last_load):
+            held.pop(adapter, None)
+
 
 @dataclass
 class ForwardTape:
@@ -259,9 +264,9 @@ def anchor_loss(value: Tensor, share: LossShare, owner: Any, tape: ForwardTape, 
 def warn_no_weight() -> None:
     """Say that a router is training without its auxiliary loss; Python shows the same warning once."""
     warnings.warn(
-        "PERFT: the adapter router's auxiliary loss (router_aux_loss_coef, router_z_loss_coef) is NOT applied: the "
+        "PERFT: the routers' auxiliary loss (router_aux_loss_coef, router_z_loss_coef, base_router_drift_coef) is NOT applied: the "
         "gradient did not come through `outputs.loss` or `outputs.log_probs`, so its weight in the step is unknown "
-        "(custom loss function, label smoothing, preference trainers). Train on outputs.loss, or set both coefficients "
+        "(custom loss function, label smoothing, preference trainers). Train on outputs.loss, or set the coefficients "
         "to 0 to say that you mean it",
         stacklevel=2,
     )

@@ -206,3 +206,46 @@ def test_counts_and_mixed_batches():
 def test_bad_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         PerftConfig(variant="R", **arguments)
+
+
+def test_patterns_reach_the_base_router():
+    model = tuned(base_router="lora", rank_pattern={"experts": 2}, alpha_pattern={"experts": 64})
+    assert [layer.scales["default"] for layer in layers(model)] == [32.0, 32.0]
+    assert [len(layer.perft_base_router_A["default"]) for layer in layers(model)] == [2, 2]
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tuned(dtype=torch.float32, base_router="train").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("perft_base_router"))
+    tensors[name] = tensors[name][:3].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = zoo.build("olmoe")
+    modules = dict(base.named_modules()).keys()
+    with pytest.raises(ValueError, match=r"perft_base_router\.default has shape"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert dict(base.named_modules()).keys() == modules
+
+
+def test_a_quantised_router_is_refused_before_anything_changes():
+    pytest.importorskip("torchao", reason="torchao comes with the test extra, which is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    base = zoo.build("hunyuan_v1_moe")
+    quantize_(base, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith("gate.wg"))
+    modules = dict(base.named_modules()).keys()
+    with pytest.raises(ValueError, match=r"adds to the weight of 'model.layers.0.mlp.gate', which is quantised"):
+        get_peft_model(base, PerftConfig(variant="E", base_router="lora"))
+    assert dict(base.named_modules()).keys() == modules
+
+
+def test_a_router_that_changes_its_input_is_refused():
+    """As Gemma 4's: it scales what it is called with, so the weight sees other rows."""
+    base = zoo.build("olmoe")
+    for layer in base.model.layers:
+        layer.mlp.gate.scale = torch.nn.Parameter(torch.ones(32))
+    with pytest.raises(ValueError, match="one weight row per expert applied to its input"):
+        get_peft_model(base, PerftConfig(variant="E", base_router="lora"))

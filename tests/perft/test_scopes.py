@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForSequenceClassification
 
 from hf_moe_ext import PerftConfig
+from hf_moe_ext.ops.routing import TokenGroups
+from hf_moe_ext.perft.batch import share_of_loss
 from hf_moe_ext.perft.layer import PerftLayer
-from support import naive
+from support import naive, zoo
 from support.perft import (
+    COEFFICIENTS,
     assert_equal_gradients,
     batch,
     explicit_objective,
@@ -48,9 +54,9 @@ def step(model, batches):
     return {name: p.grad.clone() for name, p in trainable(model).items()}
 
 
-def end_step():
-    """An optimizer steps (elsewhere, so that the weights stay): what the scope "global" waits for."""
-    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0).step()
+def end_step(model):
+    """The optimizer steps (at rate 0, so that the weights stay): what the scope "global" waits for."""
+    torch.optim.SGD(list(trainable(model).values()), lr=0.0).step()
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -66,7 +72,7 @@ def test_the_gradient_is_that_of_the_definition(scope, reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         assert_equal_gradients(step(model, batches), expected)
         model.gradient_checkpointing_disable()
-        end_step()
+        end_step(model)
         last_load = pooled_load(batches, [index for _, index in parts])
 
 
@@ -85,10 +91,10 @@ def test_batching_does_not_matter(scope):
     whole = joined(batches)
     single = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(len(whole["input_ids"]))]
     step(model, batches)
-    end_step()
+    end_step(model)
     expected = step(model, batches)
     for other in ([whole], single):
-        end_step()
+        end_step(model)
         assert_equal_gradients(step(model, other), expected)
 
 
@@ -134,7 +140,7 @@ def test_a_packed_row_equals_its_sequences(scope, marker):
 def step_of(model, inputs):
     inputs = inputs | {"num_items_in_batch": torch.tensor(16), "use_cache": False}  # a cache hides that rows are packed
     model(**inputs).loss.backward()
-    end_step()
+    end_step(model)
     model.zero_grad()
     model(**inputs).loss.backward()
     result = {name: p.grad.clone() for name, p in trainable(model).items()}
@@ -149,9 +155,9 @@ def test_log_probs_carry_the_weights_too(scope, factor):
     model, batches = perft_r(router_aux_loss_scope=scope), micro_batches()
     total = sum(map(loss_tokens, batches))
     step(model, batches)
-    end_step()
+    end_step(model)
     expected = step(model, batches)
-    end_step()
+    end_step(model)
     base = model.get_base_model()
     original = base.forward
     base.forward = lambda *args, **kwargs: with_log_probs(original, *args, **kwargs)
@@ -214,7 +220,7 @@ def test_a_copied_and_a_deleted_model_count_their_own_steps():
     assert len(hooks) == before + 2
     states = [next(m.state for m in each.modules() if isinstance(m, PerftLayer)) for each in (model, twin)]
     model(**batch()).loss.backward()
-    end_step()
+    end_step(model)
     assert [any(r.last_load for r in state.records.values()) for state in states] == [True, False]
     del states
     model.unload()
@@ -232,3 +238,59 @@ def test_an_unknown_scope_is_refused(value):
 def test_a_scope_without_a_router_is_refused():
     with pytest.raises(ValueError, match="router_aux_loss_scope belongs to the router of variant='R'"):
         PerftConfig(variant="E", router_aux_loss_scope="batch")
+
+
+def loads(model):
+    state = next(m.state for m in model.modules() if isinstance(m, PerftLayer))
+    return [dict(record.last_load) for record in state.records.values()]
+
+
+def test_the_optimizer_of_another_model_ends_no_step():
+    model = perft_r(router_aux_loss_scope="global")
+    model(**batch()).loss.backward()
+    other = torch.nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert loads(model) == [{}, {}]
+    end_step(model)
+    assert all("default" in load for load in loads(model))
+
+
+def test_a_deleted_adapter_leaves_no_load_to_one_of_its_name():
+    model = perft_r(router_aux_loss_scope="global")
+    model(**batch()).loss.backward()
+    end_step(model)
+    config = model.peft_config["default"]
+    model.add_adapter("other", PerftConfig(variant="S"))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert loads(model) == [{}, {}]
+    again = PerftConfig(**{**COEFFICIENTS, "router_aux_loss_scope": config.router_aux_loss_scope, "num_experts": 8})
+    model.add_adapter("default", again)
+    model.set_adapter("default")
+    model(**batch()).loss.backward()
+    end_step(model)
+    model(**batch()).loss.backward()
+    assert all(len(load["default"]) == 8 for load in loads(model))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_a_loss_that_ignores_the_count_of_the_step(scope):
+    """Heads for classification divide by their own rows whatever the Trainer says: the weight must not be smaller."""
+    base = zoo.FAMILIES["mixtral"](num_labels=2)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(base, experts_implementation="batched_mm").double().train()
+    config = {"variant": "R", "init_weights": False, "router_aux_loss_scope": scope, **COEFFICIENTS}
+    model = get_peft_model(model, PerftConfig(task_type="SEQ_CLS", **config))
+    inputs = batch() | {"labels": torch.tensor([0, 1, 1])}
+    expected = gradients(model, model(**inputs).loss)
+    assert_equal_gradients(gradients(model, model(**inputs, num_items_in_batch=torch.tensor(6)).loss), expected)
+
+
+def test_labels_on_another_device_than_the_loss():
+    """Transformers' loss moves labels itself; the weights of the sequences must follow."""
+    with FakeTensorMode():
+        labels = torch.zeros(2, 5, dtype=torch.long)
+        share = share_of_loss({"labels": labels}, TokenGroups(2), 2, True)
+        assert share.weights(torch.ones((), device="cuda")).device.type == "cuda"
+        assert share.attach(torch.ones((), device="cuda"), torch.ones(2, device="cuda")).device.type == "cuda"

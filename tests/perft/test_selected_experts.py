@@ -94,6 +94,14 @@ def test_the_chosen_are_the_most_used(by):
     assert count_trainable(adapted)[0] == 2 * 3 * 2 * 32 * 16
 
 
+def test_an_adapted_model_gives_the_same_names_and_keeps_its_modes():
+    model = build(dtype=torch.float32, variant="S").train()
+    frozen = model.get_base_model().model.norm.eval()
+    chosen = choose_experts_to_adapt(model, [batch()])
+    assert chosen.keys() == choose_experts_to_adapt(zoo.build("olmoe"), [batch()]).keys()
+    assert (model.training, frozen.training) == (True, False)
+
+
 def test_all_experts_on_request():
     chosen = choose_experts_to_adapt(zoo.build("mixtral"), [batch()], expert_fraction=1.0)
     assert all(ids == [0, 1, 2, 3] for ids in chosen.values())
@@ -140,11 +148,15 @@ def test_bad_settings(arguments, message):
         PerftConfig(**arguments)
 
 
+BOTH = {f"model.layers.{i}.mlp.experts": [1] for i in range(2)}
+
+
 def test_experts_that_are_not_there():
     base = zoo.build("olmoe")
     before = dict(base.named_modules()).keys()
     for ids, message in (
         ([8], "names expert 8 of .*, which has 8"),
+        (BOTH | {"typo": [3]}, "entry for 'typo', which is not adapted"),
         ({"model.layers.0.mlp.experts": [1]}, "no entry for"),
     ):
         with pytest.raises(ValueError, match=message):

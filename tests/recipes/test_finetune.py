@@ -231,3 +231,19 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(_losses(killed)) == 40
     assert _losses(killed) == _losses(tmp_path / "whole")
     _assert_same_adapter(killed, tmp_path / "whole", tolerance=0)
+
+
+def test_resumed_into_another_folder(quickstart_flags: list[str], tmp_path: Path, capfd) -> None:
+    """The first measurement lies beside the checkpoint; without it nothing is written."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert finetune.main([*quickstart_flags, "--output_dir", str(first)]) == 0
+    resume = ["--output_dir", str(second), "--resume_from_checkpoint", str(first / "checkpoint-2")]
+    (first / "before.json").rename(first / "elsewhere.json")
+    assert finetune.main([*quickstart_flags, *resume]) == 2
+    assert "before.json of that run cannot be read" in capfd.readouterr().err
+    assert not second.exists()
+    (first / "elsewhere.json").rename(first / "before.json")
+    assert finetune.main([*quickstart_flags, *resume]) == 0
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (first, second)]
+    assert metrics[0]["loss"] == metrics[1]["loss"]
+    _assert_same_adapter(first, second, tolerance=0)

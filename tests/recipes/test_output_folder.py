@@ -74,3 +74,9 @@ def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match="--push_to_hub true needs a token"):
         check_hub_login(_arguments(tmp_path, "--push_to_hub", "true"))
     check_hub_login(_arguments(tmp_path, "--push_to_hub", "true", "--hub_token", "hf_x"))
+
+
+def test_full_fine_tuning_cannot_be_resumed(tmp_path: Path) -> None:
+    _make_checkpoint(tmp_path, 4)
+    with pytest.raises(UserError, match="--resume_from_checkpoint with --peft full"):
+        find_checkpoint(_arguments(tmp_path, "--peft", "full", "--resume_from_checkpoint", "true"))
