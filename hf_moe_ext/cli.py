@@ -77,7 +77,7 @@ def doctor(
     router_z_loss_coef: Annotated[float | None, typer.Option(help="R: z-loss. [default: 0]")] = None,
     router_aux_loss_scope: Annotated[
         Literal["batch", "sequence", "global"] | None,
-        typer.Option(help="R: tokens over which the load is balanced. [default: batch]"),
+        typer.Option(help="R: tokens over which the load is balanced. [default: sequence]"),
     ] = None,
     base_router: Annotated[
         Literal["frozen", "lora", "train"] | None,

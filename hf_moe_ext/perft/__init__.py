@@ -15,7 +15,7 @@ s        ``lora_alpha / r``      LoRA scale
 A, W1    ``perft_A``             [num_experts, r, hidden]
 B, W2    ``perft_B``             [num_experts, hidden, r]
 W~       ``perft_router``        [num_experts, hidden]
-L_aux    ``load_balance_loss``   ``M * sum_k sum_i f[k,i] P[i]``, all layers pooled, padding masked
+L_aux    ``load_balance_loss``   ``M * sum_k sum_i f[k,i] P[i]``, padding masked; over ``router_aux_loss_scope``
 ======== ======================= ===========================================================
 
 Departures from the paper's public code, and why:
@@ -25,7 +25,8 @@ Departures from the paper's public code, and why:
 * B starts at exact zero (the adapter is a no-op at birth), A Kaiming-uniform per expert; ``init_weights="paper"`` gives
   the authors' A (which takes the rank for the fan-in) and tiny random B.
 * The router and its arithmetic are float32 at least; in bfloat16 it hardly moves at the authors' learning rates.
-* The auxiliary loss reaches the router with the weight its micro-batch has in the step, and is logged apart.
+* The auxiliary loss is taken per sequence and layer, reaches the router with the weight the sequence's loss tokens have
+  in the step, and is logged apart. ``router_aux_loss_scope="batch"`` pools micro-batch and layers as the authors do.
 * Dropout on a LoRA adapter's input draws one mask per token, not one per token and adapter.
 """
 

@@ -54,10 +54,10 @@ class PerftConfig(PeftConfig):
             half the parameters.
         router_aux_loss_coef: R: weight of the adapter router's load-balance loss (default 0.01).
         router_z_loss_coef: R: weight of its z-loss (default 0).
-        router_aux_loss_scope: R: the tokens over which both are taken: "batch" (default; the micro-batch, all layers
-            pooled, as the paper does), "sequence" (each sequence and layer by itself; gradients do not depend on how
-            sequences are batched), "global" (each layer's load in the whole previous step, over all processes; not in
-            checkpoints, so the first step after a resume has none).
+        router_aux_loss_scope: R: the tokens over which both are taken: "sequence" (default; each sequence and layer by
+            itself, so that gradients do not depend on how sequences are batched), "batch" (the micro-batch, all layers
+            pooled, as the paper does), "global" (each layer's load in the whole previous step, over all processes; not
+            in checkpoints, so the first step after a resume has none).
         base_router: what of the base model's own router trains with the adapter: "frozen" (default; the method),
             "lora" (a difference of rank r) or "train" (a whole one). The base's weight stays as it is.
         base_router_drift_coef: weight of the guard that holds a tuned base router near where it started: the divergence

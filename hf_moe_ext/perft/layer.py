@@ -251,7 +251,7 @@ def resolve_settings(
         coefficients=RouterCoefficients(
             load_balance=config.router_aux_loss_coef or 0.0,
             z=config.router_z_loss_coef or 0.0,
-            scope=config.router_aux_loss_scope or "batch",
+            scope=config.router_aux_loss_scope or "sequence",
             drift=config.base_router_drift_coef or 0.0,
         ),
     )

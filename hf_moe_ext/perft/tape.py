@@ -49,7 +49,7 @@ class RouterCoefficients:
 
     load_balance: float = 0.0
     z: float = 0.0
-    scope: Scope = "batch"
+    scope: Scope = "sequence"
     drift: float = 0.0
 
     def __bool__(self) -> bool:

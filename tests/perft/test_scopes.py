@@ -280,7 +280,7 @@ def test_a_loss_that_ignores_the_count_of_the_step(scope):
     base = zoo.FAMILIES["mixtral"](num_labels=2)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(base, experts_implementation="batched_mm").double().train()
-    config = {"variant": "R", "init_weights": False, "router_aux_loss_scope": scope, **COEFFICIENTS}
+    config = {"variant": "R", "init_weights": False, **COEFFICIENTS, "router_aux_loss_scope": scope}
     model = get_peft_model(model, PerftConfig(task_type="SEQ_CLS", **config))
     inputs = batch() | {"labels": torch.tensor([0, 1, 1])}
     expected = gradients(model, model(**inputs).loss)

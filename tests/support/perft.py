@@ -10,7 +10,8 @@ from hf_moe_ext.perft.layer import PerftLayer
 from hf_moe_ext.perft.tape import RouterCoefficients
 from support import naive, zoo
 
-COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+# The scope in which layers and micro-batches have most to do with each other.
+COEFFICIENTS = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "router_aux_loss_scope": "batch"}
 
 
 def perft_r(family="olmoe", dtype=torch.float64, **arguments):
