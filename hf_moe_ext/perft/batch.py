@@ -47,9 +47,15 @@ def read_rows(inputs: dict[str, Any]) -> Tensor | None:
     return next((value for value in inputs.values() if isinstance(value, Tensor)), None)
 
 
+def tokens_per_row(rows: Tensor) -> int:
+    """Of ids [rows, tokens] or embeddings [rows, tokens, hidden]; features [rows, hidden] are one token each."""
+    features = rows.ndim == 2 and rows.is_floating_point()
+    return 1 if rows.ndim < 2 or features else rows.shape[1]
+
+
 def read_sequences(inputs: dict[str, Any], rows: Tensor) -> TokenGroups:
     """The sequences of a batch [rows, tokens, ...] without their padding; several in a row where it is packed."""
-    count, tokens = rows.shape[0], rows.shape[1] if rows.ndim > 1 else 1
+    count, tokens = rows.shape[0], tokens_per_row(rows)
     mask = token_mask(inputs.get("attention_mask"), tokens)
     starts = _find_starts(inputs, count, tokens)
     if starts is None:

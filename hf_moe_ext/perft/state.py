@@ -11,7 +11,15 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hf_moe_ext.host.families import loss_counts_items, loss_shifts_labels
-from hf_moe_ext.perft.batch import LossShare, is_packed, read_rows, read_sequences, share_of_log_probs, share_of_loss
+from hf_moe_ext.perft.batch import (
+    LossShare,
+    is_packed,
+    read_rows,
+    read_sequences,
+    share_of_log_probs,
+    share_of_loss,
+    tokens_per_row,
+)
 from hf_moe_ext.perft.gradient_sync import is_distributed, share_gradient
 from hf_moe_ext.perft.step_load import StepWatch, add_load
 from hf_moe_ext.perft.tape import ForwardTape, RouterCoefficients, RouterRecord, anchor_loss
@@ -180,7 +188,7 @@ class PerftState:
             return
         self.tape = ForwardTape(
             sequences=read_sequences(inputs, rows),
-            num_tokens=rows.shape[0] * (rows.shape[1] if rows.ndim > 1 else 1),
+            num_tokens=rows.shape[0] * tokens_per_row(rows),
             row_adapters=self._expand_rows(rows.shape[0], inputs),
             training=training,
         )

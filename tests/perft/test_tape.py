@@ -111,7 +111,7 @@ def test_calling_past_the_model_is_said_too():
         inner(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
 
-@pytest.mark.filterwarnings("ignore:PERFT. the adapter router's auxiliary loss:UserWarning")  # said in the test above
+@pytest.mark.filterwarnings("ignore:PERFT. the routers' auxiliary loss:UserWarning")  # said in the test above
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_calling_past_the_model_gets_no_stale_auxiliary_gradient(reentrant):
     """After a step of the whole model, the inner model alone trains on its own loss: nothing of the step may come back."""
