@@ -259,8 +259,9 @@ def resolve_settings(
 
 def _number_adapters(expert_ids: tuple[int, ...], base_num_experts: int) -> Tensor:
     """[base_num_experts + 1] the adapter of each expert and of the sentinel; ``len(expert_ids)`` where there is none."""
-    table = torch.full((base_num_experts + 1,), len(expert_ids))
-    table[list(expert_ids)] = torch.arange(len(expert_ids))
+    # On the CPU also where the model is just being outlined on the meta device.
+    table = torch.full((base_num_experts + 1,), len(expert_ids), device="cpu")
+    table[list(expert_ids)] = torch.arange(len(expert_ids), device="cpu")
     return table
 
 
