@@ -173,8 +173,7 @@ def train(
     """Attach, measure, train with the plain Trainer, save, and measure again."""
     set_seed(arguments.training.seed)
     base = load_model(arguments.model, path, arguments.training.world_size)
-    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    model = attach(base, arguments.adapter, rows, collator, checkpoint)
+    model = attach(base, arguments.adapter, rows, build_collator(tokenizer), checkpoint)
     trainer = build_trainer(arguments, model, tokenizer, rows, held_out.encoded)
     first = MeasureFirst(trainer, held_out, arguments.output_dir / BEFORE, known)
     trainer.add_callback(first)
@@ -239,6 +238,11 @@ def prepare_base(arguments: Arguments, corpus: Corpus | None) -> tuple[str, dict
     return str(folder.resolve()), {key: value for key, value in report.items() if key != "log"}
 
 
+def build_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pads rows to the longest of a batch; padding carries no loss."""
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+
+
 def build_trainer(
     arguments: Arguments,
     model: torch.nn.Module,
@@ -259,7 +263,7 @@ def build_trainer(
         args=training,
         train_dataset=train_rows,
         eval_dataset=eval_rows,  # for --eval_strategy; choosing a checkpoint by it would be choosing on the test
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+        data_collator=build_collator(tokenizer),
         processing_class=tokenizer,
         preprocess_logits_for_metrics=sum_answer_nats,
         optimizer_cls_and_kwargs=optimizer,

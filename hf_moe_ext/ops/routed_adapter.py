@@ -132,6 +132,7 @@ def _grouped(
     dropout: float,
 ) -> Tensor:
     num_experts, width, rank = B.shape
+    shared_A = A.shape[0] < num_experts
     # One more expert of zeros serves the sentinels, so that every row belongs to a group: the kernel leaves rows
     # outside all groups uninitialised, forward and backward. Both widths are padded to the 16 bytes the kernel asks for.
     rank_padding, width_padding = (-size % (16 // hidden.element_size()) for size in (rank, width))
@@ -143,10 +144,8 @@ def _grouped(
     ends = group_sizes.cumsum(0).to(torch.int32)
 
     token = order // index.shape[1]
-    if len(B) - 1 > len(A) - 1 == 1:  # shared: once per token, then copied to its pairs
-        bottleneck = F.linear(hidden, A[0])[token]
-    else:
-        bottleneck = _grouped_matmul(hidden[token], A.transpose(1, 2), ends)
+    # A shared A once per token, then copied to its pairs.
+    bottleneck = F.linear(hidden, A[0])[token] if shared_A else _grouped_matmul(hidden[token], A.transpose(1, 2), ends)
     bottleneck = _activate(bottleneck, activation, dropout) * (weights.reshape(-1)[order] * scale)[:, None]
     pairs = _grouped_matmul(bottleneck, B.transpose(1, 2), ends)
     # Gather back and sum over choices: unlike index_add this is deterministic on an accelerator.

@@ -231,7 +231,6 @@ def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
 
 
 def test_a_quantised_router_is_refused_before_anything_changes():
-    pytest.importorskip("torchao", reason="torchao comes with the test extra, which is not installed")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     base = zoo.build("hunyuan_v1_moe")

@@ -8,8 +8,7 @@ import contextlib
 import pytest
 import torch
 
-from support import naive
-from support.perft import batch, explicit_objective, gradients, loss_tokens, perft_r, sequences_of, trainable
+from support.perft import batch, loss_tokens, perft_r, steps_by_definition, trainable
 from support.ranks import run_ranks
 from support.trainers import KeepGradients, arguments, build_trainer, collate, rows
 
@@ -28,17 +27,7 @@ def expected_steps(scope, accumulation, **arguments):
     model = perft_r(router_aux_loss_scope=scope, **arguments)
     batches = [batch(*shape) for rank in MICRO_BATCHES[accumulation] for shape in rank]
     assert len({loss_tokens(b) for b in batches}) > len(batches) // 2, "even counts cannot tell a wrong weight"
-    total, last_load, steps = sum(map(loss_tokens, batches)), None, []
-    for _ in range(STEPS):
-        parts = [explicit_objective(model, inputs, total, last_load) for inputs in batches]
-        steps.append(gradients(model, sum(part for part, _ in parts)))
-        last_load = loads(batches, [index for _, index in parts])
-    return steps
-
-
-def loads(batches, choices):
-    counted = [s >= 0 for inputs in batches for s in sequences_of(inputs)]
-    return [naive.shares_of_experts(torch.cat(list(layer)), counted, 4) for layer in zip(*choices, strict=True)]
+    return steps_by_definition(model, batches, [sum(map(loss_tokens, batches))] * len(batches), STEPS)
 
 
 def train_cases(rank, world_size, wrap, cases):
@@ -179,10 +168,6 @@ def test_trainers_on_two_processes(kind, scope, average, tmp_path):
     # Accelerate deals out batches in turn.
     totals = [sum(loss_tokens(b) for b in batches[rank::2]) for rank in range(2)]
     totals = [sum(totals)] * 2 if average else [2 * total for total in totals]
-    last_load, expected = None, []
-    for _ in range(STEPS):
-        parts = [explicit_objective(model, b, totals[i % 2], last_load) for i, b in enumerate(batches)]
-        expected.append(gradients(model, sum(part for part, _ in parts)))
-        last_load = loads(batches, [index for _, index in parts])
+    expected = steps_by_definition(model, batches, totals * 2, STEPS)
     # TRL's log-probabilities are float32.
     assert_steps_equal(ranks, expected, kind, 1e-10 if kind == "Trainer" else 1e-7)

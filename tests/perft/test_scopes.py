@@ -10,16 +10,15 @@ from hf_moe_ext import PerftConfig
 from hf_moe_ext.ops.routing import TokenGroups
 from hf_moe_ext.perft.batch import share_of_loss
 from hf_moe_ext.perft.layer import PerftLayer
-from support import naive, zoo
+from support import zoo
 from support.perft import (
     COEFFICIENTS,
     assert_equal_gradients,
     batch,
-    explicit_objective,
     gradients,
     loss_tokens,
     perft_r,
-    sequences_of,
+    steps_by_definition,
     trainable,
 )
 
@@ -63,25 +62,12 @@ def end_step(model):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_gradient_is_that_of_the_definition(scope, reentrant):
     model, batches = perft_r(router_aux_loss_scope=scope), micro_batches()
-    total = sum(map(loss_tokens, batches))
-    last_load = None
-    for _ in range(2):  # the second step of "global" is the first with a load
-        parts = [explicit_objective(model, inputs, total, last_load) for inputs in batches]
-        expected = gradients(model, sum(part for part, _ in parts))
-        if reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        assert_equal_gradients(step(model, batches), expected)
-        model.gradient_checkpointing_disable()
+    expected = steps_by_definition(model, batches, [sum(map(loss_tokens, batches))] * len(batches))
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for gradients_of_step in expected:  # the second step of "global" is the first with a load
+        assert_equal_gradients(step(model, batches), gradients_of_step)
         end_step(model)
-        last_load = pooled_load(batches, [index for _, index in parts])
-
-
-def pooled_load(batches, choices):
-    """Per layer the share of all tokens of the step that chose each expert."""
-    counted = [s >= 0 for inputs in batches for s in sequences_of(inputs)]
-    return [
-        naive.shares_of_experts(torch.cat(list(layer)), counted, num_experts=4) for layer in zip(*choices, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("scope", ["sequence", "global"])

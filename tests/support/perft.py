@@ -91,6 +91,28 @@ def explicit_objective(model, inputs, step_tokens, last_load=None):
     return objective, [index for _, index, _ in routed]
 
 
+def load_of_step(batches, choices):
+    """Per layer the share of all tokens of a step that chose each of the 4 experts; choices per batch and layer."""
+    counted = [s >= 0 for inputs in batches for s in sequences_of(inputs)]
+    return [naive.shares_of_experts(torch.cat(list(layer)), counted, 4) for layer in zip(*choices, strict=True)]
+
+
+def steps_by_definition(model, batches, step_tokens, steps=2):
+    """Gradients of steps over these micro-batches at unchanged weights, by the definition; the second has a last load.
+
+    ``step_tokens`` holds for each micro-batch the loss tokens its loss is divided by.
+    """
+    last_load, expected = None, []
+    for _ in range(steps):
+        parts = [
+            explicit_objective(model, inputs, tokens, last_load)
+            for inputs, tokens in zip(batches, step_tokens, strict=True)
+        ]
+        expected.append(gradients(model, sum(part for part, _ in parts)))
+        last_load = load_of_step(batches, [index for _, index in parts])
+    return expected
+
+
 def loss_tokens(inputs):
     return int(inputs["labels"][:, 1:].ne(-100).sum())
 

@@ -118,18 +118,19 @@ def rows_of_header(header: Mapping[str, TensorShape], config: PerftConfig) -> li
 
 def _row(module: str, tensors: dict[str, tuple[int, ...]], config: PerftConfig) -> TrainableRow:
     sizes = {name: math.prod(shape) for name, shape in tensors.items()}
-    total = sum(sizes.values())
-    active: int | None = total
-    if "perft_B" not in tensors:
-        pass  # a base router, which every token uses whole
-    elif config.variant == "E":
-        active = None  # the base model's top-k
-    elif config.variant == "R":
-        chosen, stored = config.top_k or 1, config.num_experts or 1
-        size_A = sizes.get("perft_A", 0)  # a broken file may lack it
-        used_A = size_A if config.shared_A else size_A * chosen // stored
-        active = used_A + sizes["perft_B"] * chosen // stored + sizes.get("perft_router", 0)
-    return TrainableRow(module, tensors, total, active)
+    return TrainableRow(module, tensors, sum(sizes.values()), _count_active(sizes, config))
+
+
+def _count_active(sizes: dict[str, int], config: PerftConfig) -> int | None:
+    """Parameters one token uses, from the sizes of one module's tensors; None for E: the base model's top-k is not here."""
+    if "perft_B" not in sizes or config.variant in ("D", "S"):
+        return sum(sizes.values())  # used whole, as a tuned base router is
+    if config.variant == "E":
+        return None
+    chosen, stored = config.top_k or 1, config.num_experts or 1
+    size_A = sizes.get("perft_A", 0)  # a broken file may lack it
+    used_A = size_A if config.shared_A else size_A * chosen // stored
+    return used_A + sizes["perft_B"] * chosen // stored + sizes.get("perft_router", 0)
 
 
 def _count(names: object) -> str:
