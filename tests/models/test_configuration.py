@@ -96,7 +96,7 @@ def test_overrides_while_loading_are_resolved_and_checked(tmp_path):
 
 
 def test_ungated_experts_cannot_run_sonicmoe():
-    with pytest.raises(ValueError, match="sonicmoe.*gated experts only"):
+    with pytest.raises(ValueError, match=r"sonicmoe.*gated experts only"):
         make_model("olmoe_ext", "ungated", experts_implementation="sonicmoe")
 
 
