@@ -44,25 +44,162 @@ def assert_like_one_process(
             tolerance = FLOAT64 if exact else FLOAT32_OUTPUT if name == "output" else FLOAT32_GRADIENT
             scale = max(1.0, float(theirs.abs().max())) if theirs.numel() else 1.0
             torch.testing.assert_close(
-                mine, theirs, atol=tolerance * scale, rtol=0, msg=lambda m, n=name, r=rank: f"{what}, {n}, rank {r}: {m}"
+                mine,
+                theirs,
+                atol=tolerance * scale,
+                rtol=0,
+                msg=lambda m, n=name, r=rank: f"{what}, {n}, rank {r}: {m}",
             )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", work.BOTH)
-@pytest.mark.parametrize("implementation", ["batched_mm", "eager", "grouped_mm"])
-def test_experts_like_one_process(world_size, name, implementation):
-    routed = cases(world_size, torch.float32 if implementation == "grouped_mm" else torch.float64)
-    ranks = run_ranks(work.run_experts, world_size, implementation, name, list(routed.values()))
-    for number, (what, case) in enumerate(routed.items()):
-        assert_like_one_process(ranks, world_size, implementation, case, number, what)
+def test_experts_like_one_process(world_size):
+    setups = [
+        (implementation, name, cases(world_size, torch.float32 if implementation == "grouped_mm" else torch.float64))
+        for implementation in ("batched_mm", "eager", "grouped_mm")
+        for name in work.BOTH
+    ]
+    jobs = [(implementation, name, 1, case) for implementation, name, routed in setups for case in routed.values()]
+    ranks = run_ranks(work.run_experts, world_size, jobs)
+    number = 0
+    for implementation, name, routed in setups:
+        for what, case in routed.items():
+            assert_like_one_process(
+                ranks, world_size, implementation, case, number, f"{name}, {implementation}, {what}"
+            )
+            number += 1
 
 
-@pytest.mark.parametrize(("world_size", "tp_size"), [(2, 2), (4, 2), (4, 4)])
-def test_experts_on_a_shared_batch(world_size, tp_size):
+@pytest.mark.parametrize(("world_size", "tp_sizes"), [(2, [2]), (4, [2, 4])])
+def test_experts_on_a_shared_batch(world_size, tp_sizes):
     """Ranks of a tensor-parallel group hold one batch: each sends its slice, one token leaves a rank without any."""
-    groups = world_size // tp_size
-    routed = [work.build_case([5, 2][:groups]), work.build_case([1, 3][:groups])]
-    ranks = run_ranks(work.run_experts, world_size, "batched_mm", "latent_all_to_all", routed, tp_size)
-    for number, case in enumerate(routed):
-        assert_like_one_process(ranks, world_size, "batched_mm", case, number, f"batch {number}")
+    jobs = []
+    for tp_size in tp_sizes:
+        groups = world_size // tp_size
+        for sizes in ([5, 2], [1, 3]):
+            jobs.append(("batched_mm", "latent_all_to_all", tp_size, work.build_case(sizes[:groups])))
+    ranks = run_ranks(work.run_experts, world_size, jobs)
+    for number, (implementation, name, tp_size, case) in enumerate(jobs):
+        assert_like_one_process(ranks, world_size, implementation, case, number, f"{name}, tp {tp_size}")
+
+
+def test_ids_of_no_expert_are_not_sent():
+    """As a router that leaves a choice out marks it."""
+    case = work.build_case([4, 3])
+    case.top_k_index[0][1, 2], case.top_k_index[1][:, 0] = work.NUM_EXPERTS, -1
+    ranks = run_ranks(work.run_experts, 2, [("batched_mm", "latent_all_to_all", 1, case)])
+    for index, weights in zip(case.top_k_index, case.top_k_weights, strict=True):
+        nobody = (index < 0) | (index >= work.NUM_EXPERTS)
+        index[nobody], weights[nobody] = 0, 0.0
+    expected = work.expected_of("batched_mm", case)
+    for rank, results in enumerate(ranks):
+        for name in ("output", "hidden_states"):
+            torch.testing.assert_close(results[0][name], expected[name][rank], atol=FLOAT64, rtol=0)
+        assert float(results[0]["top_k_weights"].abs()[:, 0].min()) == (0.0 if rank else pytest.approx(0, abs=1e9))
+
+
+def test_mixed_types():
+    """bfloat16 tokens with float32 routing weights: one rounding of each rank's sum on the way, one of the total."""
+    case = work.build_case([6, 5], dtype=torch.bfloat16, weights_dtype=torch.float32)
+    ranks = run_ranks(work.run_experts, 2, [("eager", "latent_all_to_all", 1, case)])
+    exact = work.Case(
+        [t.double() for t in case.hidden_states], case.top_k_index, [t.double() for t in case.top_k_weights]
+    )
+    expected = work.expected_of("eager", exact)
+    for rank, (results,) in enumerate(ranks):
+        assert [results[name].dtype for name in ("output", "hidden_states", "top_k_weights")] == [
+            torch.bfloat16, torch.bfloat16, torch.float32,
+        ]  # fmt: skip
+        for name in ("output", "top_k_weights"):
+            theirs = expected[name][rank]
+            # Eight bits of mantissa, and some ten roundings from the token to the gradient.
+            torch.testing.assert_close(
+                results[name].double(), theirs, atol=10 * 2**-8 * float(theirs.abs().max()), rtol=0
+            )
+
+
+@pytest.mark.parametrize("name", work.BOTH)
+def test_gradients_by_finite_differences(name):
+    assert max(run_ranks(work.numeric_gradients, 2, name, [3, 2])) < 1e-7
+
+
+FAMILIES = ["olmoe", "mixtral", "qwen3_moe", "nemotron_h"]
+TWO = [{"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}]
+FOUR = [
+    {"fsdp_size": 4, "ep_size": 4},
+    {"fsdp_size": 4, "ep_size": 2},
+    {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
+    {"tp_size": 4, "ep_size": 4},
+    {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},
+]
+
+
+def save(family: str, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
+    latent = {"moe_latent_size": 8} if family == "nemotron_h" else {}
+    heads = {"num_key_value_heads": 4}  # divisible by four tensor-parallel ranks
+    zoo.build(family, dtype=dtype, **heads, **latent).save_pretrained(folder)
+    return folder
+
+
+def assert_models_like_one_process(
+    folder: Path, world_size: int, layouts: list[Any], implementation: str, dtype: torch.dtype
+) -> None:
+    layouts = [layout | {"ep_implementation": name} for layout in layouts for name in work.BOTH]
+    ranks = run_ranks(work.train_models, world_size, folder, implementation, dtype, layouts, timeout=500)
+    expected = work.train_step(work.load(folder, implementation, dtype))
+    for rank, results in enumerate(ranks):
+        for layout, found in zip(layouts, results, strict=True):
+            # Split sums round differently, and the stock norms cut such differences to float32 steps.
+            split = layout.get("tp_size", 1) > 1 or dtype == torch.float32
+            of_logits, of_gradients = (FLOAT32_OUTPUT * 10, FLOAT32_GRADIENT) if split else (FLOAT64, FLOAT64)
+            tp_size = layout.get("tp_size", 1)
+            mine = expected["logits"][rank // tp_size :: world_size // tp_size]
+            for key in ("logits", "inference"):
+                for ours, theirs in zip(found[key], mine, strict=True):
+                    torch.testing.assert_close(
+                        ours, theirs, atol=of_logits, rtol=0, msg=lambda m, w=(key, layout, rank): f"{w}: {m}"
+                    )
+            assert found["gradients"].keys() == expected["gradients"].keys()
+            for name, theirs in expected["gradients"].items():
+                torch.testing.assert_close(
+                    found["gradients"][name], theirs, atol=of_gradients * max(1.0, float(theirs.abs().max())), rtol=0,
+                    msg=lambda m, w=(name, layout, rank): f"{w}: {m}",
+                )  # fmt: skip
+
+
+def test_models_on_two_ranks(tmp_path):
+    """The whole proof in one model of the default run; the latent width is NemotronH's own."""
+    assert_models_like_one_process(save("nemotron_h", tmp_path), 2, TWO[:1], "batched_mm", torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["batched_mm", "eager", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_on_two_ranks(tmp_path, family, implementation):
+    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
+    assert_models_like_one_process(save(family, tmp_path, dtype), 2, TWO, implementation, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_on_four_ranks(tmp_path, family):
+    assert_models_like_one_process(save(family, tmp_path), 4, FOUR, "batched_mm", torch.float64)
+
+
+@pytest.mark.parametrize(
+    "killed_at", ["counts", "metadata", "payload", "return", "backward return", "backward payload"]
+)
+def test_a_killed_rank_ends_all(killed_at):
+    """The others raise one error that names the exchange and what to do; none waits for the collective's time limit."""
+    with pytest.raises(RankError) as caught:
+        run_ranks(work.die_at, 4, killed_at, timeout=90)
+    reports = str(caught.value).split("--- rank ")[1:]
+    assert len(reports) == 4
+    for rank, report in enumerate(reports):
+        if rank == 2:
+            assert "died with exit code -9" in report
+            continue
+        last = report.strip().splitlines()[-1]
+        assert last.startswith("RuntimeError: latent_all_to_all: the ")
+        assert " exchange of MoE layer 0 " in last
+        assert "look for the first error" in last

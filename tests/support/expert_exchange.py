@@ -1,5 +1,7 @@
 """What the ranks of ``tests/dcca`` run: experts reached through a dispatcher, and the same on one process."""
 
+import os
+import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +59,9 @@ def build_case(
         hidden.append(torch.randn(size, WIDTH, generator=generator, dtype=torch.float64).to(dtype))
         choice = torch.rand(size, len(allowed), generator=generator).argsort(1)[:, :TOP_K]
         index.append(torch.tensor(list(allowed))[choice])
-        weights.append(torch.rand(size, choice.size(1), generator=generator, dtype=torch.float64).to(weights_dtype or dtype))
+        weights.append(
+            torch.rand(size, choice.size(1), generator=generator, dtype=torch.float64).to(weights_dtype or dtype)
+        )
     return Case(hidden, index, weights)
 
 
@@ -87,12 +91,10 @@ def forward_backward(experts: nn.Module, inputs: Sequence[Tensor]) -> dict[str, 
     return found | {name: parameter.grad for name, parameter in experts.named_parameters()}
 
 
-def run_experts(
-    rank: int, world_size: int, implementation: str, name: str, cases: Sequence[Case], tp_size: int = 1
-) -> list[dict[str, Tensor]]:
-    """Per case, what this rank finds; with ``tp_size`` the ranks of a group take the batch of their group."""
+def run_experts(rank: int, world_size: int, jobs: Sequence[tuple[str, str, int, Case]]) -> list[dict[str, Tensor]]:
+    """Per (experts implementation, dispatcher, tp_size, case) what this rank finds; ranks of a group share a batch."""
     results = []
-    for case in cases:
+    for implementation, name, tp_size, case in jobs:
         experts = dispatched(implementation, name, tp_size, case.hidden_states[0].dtype)
         results.append(forward_backward(experts, [tensors[rank // tp_size] for tensors in case]))
     return results
@@ -136,6 +138,25 @@ def numeric_gradients(rank: int, world_size: int, name: str, sizes: Sequence[int
                 if owner == rank:
                     worst = max(worst, abs(slope_i - float(found[gradient].view(-1)[i])))
     return worst
+
+
+def die_at(rank: int, world_size: int, what: str) -> None:
+    """Rank 2 kills itself on entering an exchange, which its peers have begun or will begin."""
+    from hf_moe_ext.dcca import dispatch
+
+    case = build_case([5, 4, 3, 6])
+    experts = dispatched("batched_mm", "latent_all_to_all", 1)
+    if rank == 2:
+        start = dispatch._Exchange.__init__
+
+        def begin(self: Any, *args: Any) -> None:
+            if args[-1] == what:
+                os.kill(os.getpid(), signal.SIGKILL)
+            start(self, *args)
+
+        dispatch._Exchange.__init__ = begin
+    forward_backward(experts, [tensors[rank] for tensors in case])
+    raise AssertionError("nobody failed")
 
 
 # Whole models
