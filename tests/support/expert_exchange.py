@@ -189,6 +189,11 @@ def train_step(model: Any, index: int = 0, size: int = 1) -> dict[str, Any]:
         (output.loss * size).backward()  # the mean over processes is taken with the gradients
         logits.append(whole(output.logits))
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    config = getattr(model.config, "distributed_config", None)
+    if config is not None and config.fsdp_size > 1 and config.efsdp_size == 1 and logits[0].dtype == torch.float64:
+        # FSDP2 of torch 2.13 divides by the factor that Transformers sets twice, where the group of a parameter is one
+        # rank and its gradient is neither float32 nor bfloat16 (_fsdp_collectives.py:628 and 686).
+        gradients.update({name: g * size for name, g in gradients.items() if ".experts." in name})
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     return {"logits": logits, "gradients": gradients}
 
