@@ -138,7 +138,7 @@ def _current_pass() -> Pass:
     if node is None:
         return "forward"
     name = node.name().replace("_", "").lower()
-    own = name in ("sendbackward", "returnbackward") or "alltoall" in name
+    own = name in ("sendrowsbackward", "returnrowsbackward") or "alltoall" in name
     return "backward" if own else "recompute"
 
 
@@ -168,7 +168,7 @@ def _read_call(func: Any, args: Any) -> tuple[Tensor, list[int], ProcessGroup] |
     packet = getattr(func, "_overloadpacket", None)
     if packet is torch.ops._c10d_functional.all_to_all_single:
         sent, _, splits, group = args[:4]
-        if isinstance(group, str):
+        if not isinstance(group, ProcessGroup):
             group = torch.distributed.distributed_c10d._resolve_process_group(group)
         return sent, list(splits), group
     if packet is torch.ops.c10d.alltoall_base_:

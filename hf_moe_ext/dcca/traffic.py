@@ -160,7 +160,7 @@ def _build_on_meta(config: PreTrainedConfig) -> Any:
 
 def _read_layer(name: str, experts: Any) -> MoeLayer:
     first = next((getattr(experts, key) for key in ("gate_up_proj", "up_proj") if hasattr(experts, key)), None)
-    config = getattr(experts, "config", None)
+    config: Any = getattr(experts, "config", None)
     choices = [getattr(config, key, None) for key in _TOP_K_KEYS]
     top_k = next((value for value in choices if isinstance(value, int)), None)
     if first is None or top_k is None:

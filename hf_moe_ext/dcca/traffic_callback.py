@@ -71,11 +71,11 @@ def summarize(meter: TrafficMeter, num_steps: int, device: Any = "cpu") -> dict[
         world_size = distributed.get_world_size()
         distributed.all_reduce(table)
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-    mean, largest = (table / world_size / num_steps).tolist(), (largest / num_steps).tolist()
+    mean, most = (table / world_size / num_steps).tolist(), (largest / num_steps).tolist()
     flows = [
         {"kind": kind, "direction": direction, "pass": part}
         | {name: mean[i][j] for j, name in enumerate(names)}
-        | {"largest_rank_off_rank_bytes": largest[i][names.index("off_rank_bytes")]}
+        | {"largest_rank_off_rank_bytes": most[i][names.index("off_rank_bytes")]}
         for i, (kind, direction, part) in enumerate(KEYS)
         if mean[i][0]
     ]

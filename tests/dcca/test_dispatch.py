@@ -134,6 +134,11 @@ FOUR = [
 ]
 
 
+def layouts_of(family: str, layouts: list[Any]) -> list[Any]:
+    """Qwen3's norms of single heads get a part of their gradient under Transformers' own TP plan, experts or none."""
+    return [layout for layout in layouts if family != "qwen3_moe" or "tp_size" not in layout]
+
+
 def save(family: str, folder: Path, dtype: torch.dtype = torch.float64) -> Path:
     latent = {"moe_latent_size": 8} if family == "nemotron_h" else {}
     heads = {"num_key_value_heads": 4}  # divisible by four tensor-parallel ranks
@@ -177,13 +182,13 @@ def test_models_on_two_ranks(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_on_two_ranks(tmp_path, family, implementation):
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
-    assert_models_like_one_process(save(family, tmp_path, dtype), 2, TWO, implementation, dtype)
+    assert_models_like_one_process(save(family, tmp_path, dtype), 2, layouts_of(family, TWO), implementation, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_on_four_ranks(tmp_path, family):
-    assert_models_like_one_process(save(family, tmp_path), 4, FOUR, "batched_mm", torch.float64)
+    assert_models_like_one_process(save(family, tmp_path), 4, layouts_of(family, FOUR), "batched_mm", torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -142,19 +142,19 @@ def numeric_gradients(rank: int, world_size: int, name: str, sizes: Sequence[int
 
 def die_at(rank: int, world_size: int, what: str) -> None:
     """Rank 2 kills itself on entering an exchange, which its peers have begun or will begin."""
-    from hf_moe_ext.dcca import dispatch
+    from hf_moe_ext.dcca import exchange
 
     case = build_case([5, 4, 3, 6])
     experts = dispatched("batched_mm", "latent_all_to_all", 1)
     if rank == 2:
-        start = dispatch._Exchange.__init__
+        start = exchange.Exchange.__init__
 
         def begin(self: Any, *args: Any) -> None:
             if args[-1] == what:
                 os.kill(os.getpid(), signal.SIGKILL)
             start(self, *args)
 
-        dispatch._Exchange.__init__ = begin
+        exchange.Exchange.__init__ = begin
     forward_backward(experts, [tensors[rank] for tensors in case])
     raise AssertionError("nobody failed")
 
@@ -190,7 +190,7 @@ def train_step(model: Any, index: int = 0, size: int = 1) -> dict[str, Any]:
         logits.append(whole(output.logits))
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     config = getattr(model.config, "distributed_config", None)
-    if config is not None and config.fsdp_size > 1 and config.efsdp_size == 1 and logits[0].dtype == torch.float64:
+    if config is not None and config.fsdp_size > 1 and config.efsdp_size == 1 and model.dtype == torch.float64:
         # FSDP2 of torch 2.13 divides by the factor that Transformers sets twice, where the group of a parameter is one
         # rank and its gradient is neither float32 nor bfloat16 (_fsdp_collectives.py:628 and 686).
         gradients.update({name: g * size for name, g in gradients.items() if ".experts." in name})
