@@ -19,12 +19,9 @@ def print_traffic(traffic: Traffic, console: Console) -> None:
         soft_wrap=True,
     )
     for implementation, rows in traffic.layers.items():
-        table = Table(box=box.SIMPLE, title=implementation, title_justify="left")
-        for head in ("layers", "width", "rows", "payload fwd", "training", "metadata fwd", "training", "of full width"):
-            table.add_column(head, justify="left" if head == "layers" else "right")
+        console.print(f"\n{implementation}")
         for _, group in groupby(rows, key=_likeness):
-            table.add_row(*_describe(list(group)))
-        console.print(table)
+            _print_layers(list(group), console)
         step = traffic.step_bytes(implementation)
         full = sum(row.training_at_full_width.payload for row in rows)
         console.print(
@@ -52,22 +49,30 @@ def _likeness(row: LayerTraffic) -> tuple[object, ...]:
     return layer.width, layer.hidden_size, layer.num_experts, layer.top_k
 
 
-def _describe(rows: list[LayerTraffic]) -> list[str]:
-    first, last = rows[0], rows[-1]
-    name = first.layer.name
+def _print_layers(rows: list[LayerTraffic], console: Console) -> None:
+    first, last, layer = rows[0], rows[-1], rows[0].layer
+    name = layer.name
     if len(rows) > 1:
         numbers = [next(iter(re.findall(r"\d+", row.layer.name)), "") for row in (first, last)]
-        name = re.sub(r"\d+", f"[{numbers[0]}-{numbers[1]}]", name, count=1)
-    return [
-        f"{name} (each)" if len(rows) > 1 else name,
-        f"{first.layer.width}",
-        f"{first.rows:.4g}",
-        format_bytes(first.forward.payload),
-        format_bytes(first.training.payload),
-        format_bytes(first.forward.metadata),
-        format_bytes(first.training.metadata),
-        f"{first.payload_ratio:.4g}",
-    ]
+        name = f"{re.sub(r'[0-9]+', f'[{numbers[0]}-{numbers[1]}]', name, count=1)}: {len(rows)} layers,"
+    else:
+        name += ":"
+    width = f"width {layer.width} of {layer.hidden_size}"
+    console.print(
+        f"{name} top-{layer.top_k} of {layer.num_experts} experts, {width}, {first.rows:.6g} rows each way",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+    table = Table(box=box.SIMPLE)
+    for head in ("per layer", "payload", "metadata", "all-to-alls"):
+        table.add_column(head, justify="left" if head == "per layer" else "right")
+    for what, found in (("forward", first.forward), ("training step", first.training)):
+        table.add_row(what, format_bytes(found.payload), format_bytes(found.metadata), f"{found.num_collectives}")
+    if layer.width != layer.hidden_size:
+        full = first.training_at_full_width
+        table.add_row(
+            "the same at full width", format_bytes(full.payload), format_bytes(full.metadata), f"{full.num_collectives}"
+        )
+    console.print(table)
 
 
 def _print_measured(traffic: Traffic, console: Console) -> None:

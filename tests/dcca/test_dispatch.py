@@ -155,14 +155,20 @@ def assert_models_like_one_process(
     for rank, results in enumerate(ranks):
         for layout, found in zip(layouts, results, strict=True):
             # Split sums round differently, and the stock norms cut such differences to float32 steps.
-            split = layout.get("tp_size", 1) > 1 or dtype == torch.float32
-            of_logits, of_gradients = (FLOAT32_OUTPUT * 10, FLOAT32_GRADIENT) if split else (FLOAT64, FLOAT64)
+            # NemotronH's logits are float32 whatever the model is.
+            single = expected["logits"][0].dtype == torch.float32
+            split = layout.get("tp_size", 1) > 1 or single
+            of_logits, of_gradients = (FLOAT32_OUTPUT, FLOAT32_GRADIENT) if split else (FLOAT64, FLOAT64)
             tp_size = layout.get("tp_size", 1)
             mine = expected["logits"][rank // tp_size :: world_size // tp_size]
             for key in ("logits", "inference"):
                 for ours, theirs in zip(found[key], mine, strict=True):
                     torch.testing.assert_close(
-                        ours, theirs, atol=of_logits, rtol=0, msg=lambda m, w=(key, layout, rank): f"{w}: {m}"
+                        ours,
+                        theirs,
+                        atol=of_logits * max(1.0, float(theirs.abs().max())),
+                        rtol=0,
+                        msg=lambda m, w=(key, layout, rank): f"{w}: {m}",
                     )
             assert found["gradients"].keys() == expected["gradients"].keys()
             for name, theirs in expected["gradients"].items():
