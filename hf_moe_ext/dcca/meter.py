@@ -148,11 +148,11 @@ class _Mode(TorchDispatchMode):
         self.meter = meter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
-            return NotImplemented  # a subclass (sharded, pending ...) unfolds first, then its parts come here
         call = _read_call(func, args)
         if call is None or self.meter.group_name not in (None, call[2].group_name):
             return func(*args, **(kwargs or {}))
+        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented  # a pending result of another collective unfolds first, then comes here as itself
         start = perf_counter()
         result = func(*args, **(kwargs or {}))
         time_s = 0.0
