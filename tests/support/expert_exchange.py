@@ -111,9 +111,12 @@ def expected_of(implementation: str, case: Case) -> dict[str, Any]:
     }
 
 
-def numeric_gradients(rank: int, world_size: int, name: str, sizes: Sequence[int]) -> float:
-    """Largest error of the analytic gradients of all ranks' inputs against finite differences, in float64."""
-    case = build_case(sizes)
+def numeric_gradients(rank: int, world_size: int, sizes: Sequence[int]) -> dict[str, float]:
+    """Per dispatcher, the largest error of the analytic gradients of all ranks' inputs against finite differences, in float64."""
+    return {name: _worst_gradient(rank, world_size, name, build_case(sizes)) for name in BOTH}
+
+
+def _worst_gradient(rank: int, world_size: int, name: str, case: Case) -> float:
     experts = dispatched("batched_mm", name, 1)
     found = forward_backward(experts, [tensors[rank] for tensors in case])
     slope = torch.linspace(-1, 2, WIDTH, dtype=torch.float64)
