@@ -28,19 +28,19 @@ class Exchange:
     def __init__(self, rows: Tensor, receive: list[int], send: list[int], route: Route, what: str) -> None:
         self.rows, self.route, self.what = rows.contiguous(), route, what  # kept until they have been sent
         self.received = rows.new_empty(sum(receive), *rows.shape[1:])
-        with _explained(route.layer, what, route.group):
+        with explained(route.layer, what, route.group):
             self.work = distributed.all_to_all_single(
                 self.received, self.rows, receive, send, group=route.group, async_op=True
             )
 
     def wait(self) -> Tensor:
-        with _explained(self.route.layer, self.what, self.route.group):
+        with explained(self.route.layer, self.what, self.route.group):
             self.work.wait()
         return self.received
 
 
 @contextmanager
-def _explained(layer: str, what: str, group: Any) -> Iterator[None]:
+def explained(layer: str, what: str, group: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:

@@ -230,3 +230,28 @@ def test_a_killed_rank_ends_all(killed_at):
         assert last.startswith("RuntimeError: latent_all_to_all: the ")
         assert " exchange of MoE layer 0 " in last
         assert "look for the first error" in last
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (
+            "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation",
+            "did not answer in time",
+        ),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:55", "ended or closed its connection"),
+    ],
+)
+def test_message_of_a_failed_exchange(said, cause):
+    """A process that is only slow is told from one that is gone."""
+    from torch.distributed import ProcessGroup
+
+    from hf_moe_ext.dcca.exchange import explained
+
+    with pytest.raises(RuntimeError) as caught, explained("MoE layer 3", "payload", ProcessGroup(1, 4)):
+        raise RuntimeError(said)
+    message = str(caught.value)
+    assert message.startswith("latent_all_to_all: the payload exchange of MoE layer 3 failed on rank 1 of the 4 ")
+    assert cause in message
+    assert ("`ddp_timeout`" in message) == ("Timed out" in said)
+    assert message.endswith(said)
