@@ -38,7 +38,6 @@ def joined_namespaces() -> Iterator[Joined]:
             _run("ip", "link", "add", left, "netns", joined.namespaces[0], "type", "veth", "peer", "name", right,
                  "netns", joined.namespaces[1])  # fmt: skip
             for side in (0, 1):
-                # A segment larger than a packet would be counted with one header for many.
                 for command in (
                     ("ip", "address", "add", f"{joined.addresses[side]}/24", "dev", joined.interfaces[side]),
                     ("ip", "link", "set", joined.interfaces[side], "up"),
