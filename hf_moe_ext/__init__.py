@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hf_moe_ext import registry
 
 if TYPE_CHECKING:
+    from hf_moe_ext.dcca.meter import TrafficMeter
+    from hf_moe_ext.dcca.traffic_callback import TrafficCallback
     from hf_moe_ext.models import MixtralExtConfig, MixtralExtForCausalLM, OlmoeExtConfig, OlmoeExtForCausalLM
     from hf_moe_ext.perft import PerftConfig, PerftModel
     from hf_moe_ext.perft.calibration import choose_experts_to_adapt
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "TrafficCallback": "hf_moe_ext.dcca.traffic_callback",
+    "TrafficMeter": "hf_moe_ext.dcca.meter",
     "MixtralExtConfig": "hf_moe_ext.models",
     "MixtralExtForCausalLM": "hf_moe_ext.models",
     "OlmoeExtConfig": "hf_moe_ext.models",
@@ -41,6 +45,8 @@ __all__ = [
     "PerftConfig",
     "PerftModel",
     "RouterLoadCallback",
+    "TrafficCallback",
+    "TrafficMeter",
     "__version__",
     "choose_experts_to_adapt",
     "count_trainable",
