@@ -1,0 +1,215 @@
+"""What the ranks of ``tests/models/test_expert_parallel.py`` run, and the same on one process.
+
+The comparison is of a sum that weighs every logit by a number of its own: the stock loss rounds logits to float32.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig, expert_parallel
+from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP, EPImplementationInterface
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
+from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
+
+from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig
+from support import zoo
+
+NUM_EXPERTS, TOP_K, LATENT_SIZE, HIDDEN_SIZE = 8, 2, 8, 32
+BLOCKS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "ungated": {"moe_block": "dcca"},
+    "gated": {"moe_block": "dcca", "moe_expert_gated": True},
+    "mixed": {"moe_block": ["standard", "dcca"]},
+    "whole": {"moe_block": "dcca", "moe_latent_norm": True, "moe_shared_expert_intermediate_size": 24},
+    "whole_gated": {
+        "moe_block": ["dcca", "standard"],
+        "moe_expert_gated": True,
+        "moe_latent_norm": True,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+}
+# Which experts any token can choose; None: all. With two, half of the experts get no row; with four in a row, so does the
+# second half of the ranks.
+ROUTINGS: dict[str, list[int] | None] = {"spread": None, "empty_experts": [0, 1, 4, 5], "empty_ranks": [0, 1, 2, 3]}
+
+Layout = dict[str, Any]  # arguments of DistributedConfig
+
+
+def make_config(family: str, blocks: str, **changes: Any) -> Any:
+    """A tiny configuration of ``olmoe_ext`` or ``mixtral_ext``."""
+    stock = zoo.FAMILIES[family.removesuffix("_ext")](num_hidden_layers=2)
+    values = {key: value for key, value in stock.to_dict().items() if key not in ("model_type", "architectures")}
+    sizes = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
+    latent = {"moe_latent_size": LATENT_SIZE} if BLOCKS[blocks] else {}
+    cls = {"olmoe_ext": OlmoeExtConfig, "mixtral_ext": MixtralExtConfig}[family]
+    values.pop("num_experts", None)
+    return cls(**{**values, **sizes, **latent, **BLOCKS[blocks], **changes})
+
+
+def save(folder: Path, family: str, blocks: str, routing: str = "spread", **changes: Any) -> Path:
+    """A model of random weights in float64, in a folder of its own below ``folder``."""
+    path = folder / f"{family}-{blocks}-{routing}"
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(make_config(family, blocks, **changes))
+            zoo.spread_routers(model)
+            for weight in zoo.routers(model):
+                _close_experts(weight, ROUTINGS[routing])
+        model.to(torch.float64).save_pretrained(path)
+    return path
+
+
+def _close_experts(weight: Tensor, open_experts: list[int] | None) -> None:
+    """Leave tokens only the given experts: they come in pairs of opposite rows, so that half of them is above zero."""
+    if open_experts is None:
+        return
+    with torch.no_grad():
+        half = len(open_experts) // 2
+        assert half == TOP_K
+        rows = weight[open_experts[:half]].clone()
+        weight.zero_()
+        weight[open_experts[:half]], weight[open_experts[half:]] = rows, -rows
+
+
+def load(folder: Path, layout: Layout | None = None, experts: str = "batched_mm", dtype: torch.dtype = torch.float64):
+    """The model of a folder; without a layout, whole on this process. In float64 nothing in it is float32."""
+    kwargs = {} if layout is None else {"distributed_config": DistributedConfig(**layout)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts, **kwargs)
+    return keep_float64(model) if dtype == torch.float64 else model
+
+
+def keep_float64(model: nn.Module) -> Any:
+    """Stock norms and routers compute in float32, which cuts a rounding difference of 1e-17 to steps of 1e-8."""
+    for module in model.modules():
+        if isinstance(module, OlmoeRMSNorm | MixtralRMSNorm):
+            module.forward = MethodType(_norm, module)
+        elif isinstance(module, OlmoeTopKRouter | MixtralTopKRouter):
+            module.forward = MethodType(_route, module)
+    return model
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def _route(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = nn.functional.linear(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight)
+    weights, index = logits.softmax(-1).topk(self.top_k, dim=-1)
+    if getattr(self, "norm_topk_prob", True):
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights, index
+
+
+def batches() -> list[Tensor]:
+    """Token ids of one step, [rows, length]; the third is a single token."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(1, 5), (2, 9), (1, 1), (3, 4)]
+    return [torch.randint(3, zoo.VOCAB_SIZE, shape, generator=generator) for shape in shapes]
+
+
+def coefficients(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each logit of a batch counts in the sum that is differentiated."""
+    generator = torch.Generator().manual_seed(int(ids.sum()))
+    values = torch.randn(*ids.shape, zoo.VOCAB_SIZE, dtype=torch.float64, generator=generator)
+    return (values / values.numel() ** 0.5).to(dtype)
+
+
+def step(model: Any, rank: int = 0) -> dict[str, Any]:
+    """Logits of this rank's batches by number, the same again without gradients, and all gradients summed over all."""
+    config = getattr(model.config, "distributed_config", None)
+    size, index = (config.dp_size, rank // config.tp_size) if config is not None else (1, 0)
+    mine = dict(list(enumerate(batches()))[index::size])
+    logits, inference = {}, {}
+    model.train()
+    model.zero_grad()
+    for number, ids in mine.items():
+        with torch.no_grad():
+            inference[number] = model(input_ids=ids).logits
+        logits[number] = model(input_ids=ids).logits
+        (size * (logits[number] * coefficients(ids, logits[number].dtype)).sum()).backward()
+        logits[number] = logits[number].detach()
+    return {"logits": logits, "inference": inference, "gradients": gradients(model)}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    """Whole gradients by parameter, None for a parameter without one. All ranks call it together."""
+    return {name: None if p.grad is None else whole(p.grad) for name, p in model.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain tensor of what may be spread over the ranks."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+@contextmanager
+def recorded_dispatch() -> Iterator[dict[str, Any]]:
+    """Calls of each dispatcher by name of its class, and the shapes of what its exchanges were given."""
+    record: dict[str, Any] = {"calls": {}, "rows": [], "sent": []}
+    classes = {cls for cls in EPImplementationInterface().values()} | {AllToAllEP, AllReduceEP}
+    originals = {cls: cls.__dict__["__call__"] for cls in classes if "__call__" in cls.__dict__}
+    exchange = expert_parallel.all_to_all_single_autograd
+
+    def spy(cls: type, original: Any) -> Any:
+        def call(self: Any, hidden_states: Tensor, *arguments: Tensor) -> Tensor:
+            record["calls"][cls.__name__] = record["calls"].get(cls.__name__, 0) + 1
+            if cls is not originals_outermost:
+                record["rows"].append(tuple(hidden_states.shape))
+            return original(self, hidden_states, *arguments)
+
+        return call
+
+    def spy_exchange(tensor: Tensor, *arguments: Any) -> Tensor:
+        record["sent"].append(tuple(tensor.shape))
+        return exchange(tensor, *arguments)
+
+    originals_outermost = expert_parallel.AutoEP
+    try:
+        for cls, original in originals.items():
+            cls.__call__ = spy(cls, original)  # type: ignore[method-assign]
+        expert_parallel.all_to_all_single_autograd = spy_exchange
+        yield record
+    finally:
+        for cls, original in originals.items():
+            cls.__call__ = original  # type: ignore[method-assign]
+        expert_parallel.all_to_all_single_autograd = exchange
+
+
+class _Messages(logging.Handler):
+    """What Transformers logs as a warning."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+# What the ranks run: functions at the top level, called with (rank, world_size, ...).
+
+
+def steps(
+    rank: int, world_size: int, cases: Sequence[tuple[Path, Layout, str]], dtype: torch.dtype = torch.float64
+) -> list[Any]:
+    """One step per case (folder, layout, experts implementation), with the dispatchers' record and logged warnings."""
+    # What the stock lm_head does under tensor parallelism inside FSDP; nothing writes into that view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    results = []
+    for folder, layout, experts in cases:
+        messages = _Messages()
+        logging.getLogger("transformers").addHandler(messages)
+        model = load(folder, layout, experts, dtype)
+        with recorded_dispatch() as record:
+            found = step(model, rank)
+        logging.getLogger("transformers").removeHandler(messages)
+        results.append({**found, **record, "messages": messages.texts})
+    return results
