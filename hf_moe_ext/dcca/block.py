@@ -170,6 +170,7 @@ class DccaMoeBlock(nn.Module):
             gated=config.moe_expert_gated,
             initializer_range=config.initializer_range,
             combined_norm=norm,
+            norm_eps=config.rms_norm_eps,
         )
         first = "gate_up_proj" if config.moe_expert_gated else "up_proj"
         # Transformers' initialisation passes over any module of ours without weights of its own, such as the block.
