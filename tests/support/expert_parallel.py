@@ -15,52 +15,35 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig, expert_parallel
-from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP, EPImplementationInterface
+from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
+from transformers.utils import logging as logging_of_transformers
 
-from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig
-from support import zoo
+from support import latent_models, zoo
 
-NUM_EXPERTS, TOP_K, LATENT_SIZE, HIDDEN_SIZE = 8, 2, 8, 32
-BLOCKS: dict[str, dict[str, Any]] = {
-    "standard": {},
-    "ungated": {"moe_block": "dcca"},
-    "gated": {"moe_block": "dcca", "moe_expert_gated": True},
-    "mixed": {"moe_block": ["standard", "dcca"]},
-    "whole": {"moe_block": "dcca", "moe_latent_norm": True, "moe_shared_expert_intermediate_size": 24},
-    "whole_gated": {
-        "moe_block": ["dcca", "standard"],
-        "moe_expert_gated": True,
-        "moe_latent_norm": True,
-        "moe_shared_expert_intermediate_size": 24,
-    },
-}
-# Which experts any token can choose; None: all. With two, half of the experts get no row; with four in a row, so does the
-# second half of the ranks.
+NUM_EXPERTS, TOP_K = 8, 2
+# Which experts a token can choose; None: all. With four of eight, half of the experts get no row; with the first four, so
+# does the second half of the ranks.
 ROUTINGS: dict[str, list[int] | None] = {"spread": None, "empty_experts": [0, 1, 4, 5], "empty_ranks": [0, 1, 2, 3]}
 
 Layout = dict[str, Any]  # arguments of DistributedConfig
 
 
-def make_config(family: str, blocks: str, **changes: Any) -> Any:
-    """A tiny configuration of ``olmoe_ext`` or ``mixtral_ext``."""
-    stock = zoo.FAMILIES[family.removesuffix("_ext")](num_hidden_layers=2)
-    values = {key: value for key, value in stock.to_dict().items() if key not in ("model_type", "architectures")}
-    sizes = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
-    latent = {"moe_latent_size": LATENT_SIZE} if BLOCKS[blocks] else {}
-    cls = {"olmoe_ext": OlmoeExtConfig, "mixtral_ext": MixtralExtConfig}[family]
-    values.pop("num_experts", None)
-    return cls(**{**values, **sizes, **latent, **BLOCKS[blocks], **changes})
+def make_config(family: str, block: str, **changes: Any) -> Any:
+    """A tiny configuration; beside ``latent_models.BLOCKS`` there is "full_gated", a mixed list with everything on."""
+    if block == "full_gated":
+        block, changes = "full", {"moe_expert_gated": True, "moe_block": ["dcca", "standard"], **changes}
+    return latent_models.make_config(family, block, **{"num_experts_per_tok": TOP_K, **changes})
 
 
-def save(folder: Path, family: str, blocks: str, routing: str = "spread", **changes: Any) -> Path:
+def save(folder: Path, family: str, block: str, routing: str = "spread", **changes: Any) -> Path:
     """A model of random weights in float64, in a folder of its own below ``folder``."""
-    path = folder / f"{family}-{blocks}-{routing}"
+    path = folder / f"{family}-{block}-{routing}"
     if not path.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(make_config(family, blocks, **changes))
+            model = AutoModelForCausalLM.from_config(make_config(family, block, **changes))
             zoo.spread_routers(model)
             for weight in zoo.routers(model):
                 _close_experts(weight, ROUTINGS[routing])
@@ -80,7 +63,9 @@ def _close_experts(weight: Tensor, open_experts: list[int] | None) -> None:
         weight[open_experts[:half]], weight[open_experts[half:]] = rows, -rows
 
 
-def load(folder: Path, layout: Layout | None = None, experts: str = "batched_mm", dtype: torch.dtype = torch.float64):
+def load(
+    folder: Path, layout: Layout | None = None, experts: str = "batched_mm", dtype: torch.dtype = torch.float64
+) -> Any:
     """The model of a folder; without a layout, whole on this process. In float64 nothing in it is float32."""
     kwargs = {} if layout is None else {"distributed_config": DistributedConfig(**layout)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts, **kwargs)
@@ -123,21 +108,32 @@ def coefficients(ids: Tensor, dtype: torch.dtype) -> Tensor:
     return (values / values.numel() ** 0.5).to(dtype)
 
 
-def step(model: Any, rank: int = 0) -> dict[str, Any]:
-    """Logits of this rank's batches by number, the same again without gradients, and all gradients summed over all."""
+def own_batches(model: Any, rank: int) -> dict[int, Tensor]:
+    """This rank's share of the batches, by number; ranks of one tensor-parallel group have the same."""
     config = getattr(model.config, "distributed_config", None)
     size, index = (config.dp_size, rank // config.tp_size) if config is not None else (1, 0)
-    mine = dict(list(enumerate(batches()))[index::size])
-    logits, inference = {}, {}
+    return dict(list(enumerate(batches()))[index::size])
+
+
+def infer(model: Any, rank: int = 0) -> dict[int, Tensor]:
+    """Logits of this rank's batches, without gradients."""
+    with torch.no_grad():
+        return {number: model(input_ids=ids).logits for number, ids in own_batches(model, rank).items()}
+
+
+def train(model: Any, rank: int = 0) -> tuple[dict[int, Tensor], dict[str, Tensor | None]]:
+    """Logits of this rank's batches, and all gradients of the sum over all batches."""
+    config = getattr(model.config, "distributed_config", None)
     model.train()
     model.zero_grad()
-    for number, ids in mine.items():
-        with torch.no_grad():
-            inference[number] = model(input_ids=ids).logits
-        logits[number] = model(input_ids=ids).logits
-        (size * (logits[number] * coefficients(ids, logits[number].dtype)).sum()).backward()
-        logits[number] = logits[number].detach()
-    return {"logits": logits, "inference": inference, "gradients": gradients(model)}
+    found = {}
+    for number, ids in own_batches(model, rank).items():
+        logits = model(input_ids=ids).logits
+        # FSDP averages over the ranks that hold different batches.
+        total = (logits * coefficients(ids, logits.dtype)).sum() * (config.dp_size if config is not None else 1)
+        total.backward()
+        found[number] = logits.detach()
+    return found, gradients(model)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
@@ -152,34 +148,32 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def recorded_dispatch() -> Iterator[dict[str, Any]]:
-    """Calls of each dispatcher by name of its class, and the shapes of what its exchanges were given."""
-    record: dict[str, Any] = {"calls": {}, "rows": [], "sent": []}
-    classes = {cls for cls in EPImplementationInterface().values()} | {AllToAllEP, AllReduceEP}
+    """Shapes of the rows that each dispatcher was called with, by name of its class, and of what was exchanged."""
+    calls: dict[str, list[tuple[int, ...]]] = {}
+    sent: list[tuple[int, ...]] = []
+    classes = set(EPImplementationInterface().values())
     originals = {cls: cls.__dict__["__call__"] for cls in classes if "__call__" in cls.__dict__}
     exchange = expert_parallel.all_to_all_single_autograd
 
-    def spy(cls: type, original: Any) -> Any:
+    def spy(original: Any) -> Any:
         def call(self: Any, hidden_states: Tensor, *arguments: Tensor) -> Tensor:
-            record["calls"][cls.__name__] = record["calls"].get(cls.__name__, 0) + 1
-            if cls is not originals_outermost:
-                record["rows"].append(tuple(hidden_states.shape))
+            calls.setdefault(type(self).__name__, []).append(tuple(hidden_states.shape))
             return original(self, hidden_states, *arguments)
 
         return call
 
     def spy_exchange(tensor: Tensor, *arguments: Any) -> Tensor:
-        record["sent"].append(tuple(tensor.shape))
+        sent.append(tuple(tensor.shape))
         return exchange(tensor, *arguments)
 
-    originals_outermost = expert_parallel.AutoEP
     try:
         for cls, original in originals.items():
-            cls.__call__ = spy(cls, original)  # type: ignore[method-assign]
+            cls.__call__ = spy(original)
         expert_parallel.all_to_all_single_autograd = spy_exchange
-        yield record
+        yield {"calls": calls, "sent": sent}
     finally:
         for cls, original in originals.items():
-            cls.__call__ = original  # type: ignore[method-assign]
+            cls.__call__ = original
         expert_parallel.all_to_all_single_autograd = exchange
 
 
@@ -200,16 +194,30 @@ class _Messages(logging.Handler):
 def steps(
     rank: int, world_size: int, cases: Sequence[tuple[Path, Layout, str]], dtype: torch.dtype = torch.float64
 ) -> list[Any]:
-    """One step per case (folder, layout, experts implementation), with the dispatchers' record and logged warnings."""
+    """Logits and gradients per case (folder, layout, experts implementation), what was dispatched and what was logged."""
+    logging_of_transformers.disable_progress_bar()
     # What the stock lm_head does under tensor parallelism inside FSDP; nothing writes into that view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    messages = _Messages()
+    logging.getLogger("transformers").addHandler(messages)
     results = []
     for folder, layout, experts in cases:
-        messages = _Messages()
-        logging.getLogger("transformers").addHandler(messages)
         model = load(folder, layout, experts, dtype)
-        with recorded_dispatch() as record:
-            found = step(model, rank)
-        logging.getLogger("transformers").removeHandler(messages)
-        results.append({**found, **record, "messages": messages.texts})
+        tokens = [ids.numel() for ids in own_batches(model, rank).values()]
+        with recorded_dispatch() as inferring:
+            inference = infer(model, rank)
+        with recorded_dispatch() as training:
+            logits, found = train(model, rank)
+        results.append(
+            {
+                "inference": inference,
+                "logits": logits,
+                "gradients": found,
+                "inferring": inferring,
+                "training": training,
+                "tokens": tokens,
+                "messages": messages.texts[:],
+            }
+        )
+        messages.texts.clear()
     return results

@@ -1,0 +1,171 @@
+"""``*_ext`` models spread by Transformers' own layouts: equal to one process, with the latent on the wire."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from support import expert_parallel as work
+from support.ranks import run_ranks
+
+pytestmark = pytest.mark.filterwarnings(
+    # torch 2.13 asks whoever starts processes from a process with threads to think twice.
+    "ignore:This process .* is multi-threaded:DeprecationWarning",
+)
+
+# Class that is called where the ranks of an expert group hold rows of their own (None: refused), and where they share
+# their rows: in training, at inference.
+IMPLEMENTATIONS: dict[str, tuple[str | None, str, str]] = {
+    "auto": ("AllToAllEP", "AllToAllEP", "AllReduceEP"),
+    "all_to_all": ("AllToAllEP", "AllToAllEP", "AllToAllEP"),
+    "all_reduce": (None, "AllReduceEP", "AllReduceEP"),
+}
+FAMILIES, BLOCKS = ("olmoe_ext", "mixtral_ext"), ("standard", "ungated", "gated", "full", "mixed", "full_gated")
+EXPERTS = {"fsdp_size": 2, "ep_size": 2}
+TWO = [EXPERTS, {"tp_size": 2, "ep_size": 2}]
+FOUR = [
+    {"fsdp_size": 4, "ep_size": 4},
+    {"fsdp_size": 4, "ep_size": 2},  # two copies of every expert, themselves sharded
+    {"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2},
+    {"fsdp_size": 2, "tp_size": 2, "ep_size": 2},
+    {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
+    {"tp_size": 4, "ep_size": 4},
+]
+WITHOUT_EXPERTS = [{"fsdp_size": 2}, {"tp_size": 2}, {"dp_replicate_size": 2}]
+
+
+def shares_rows(layout: work.Layout) -> bool:
+    return layout.get("ep_size", 1) == layout.get("tp_size", 1)
+
+
+def with_implementations(layouts: Sequence[work.Layout]) -> list[work.Layout]:
+    """Every layout with every implementation it can take."""
+    return [
+        {**layout, "ep_implementation": name}
+        for layout in layouts
+        for name, (apart, _, _) in IMPLEMENTATIONS.items()
+        if shares_rows(layout) or apart is not None
+    ]
+
+
+def assert_equal_to_one_process(
+    world_size: int, cases: list[tuple[Path, work.Layout, str]], dtype: torch.dtype = torch.float64
+) -> None:
+    """Logits and all gradients of every rank; the dispatcher that was named, and the latent width, were used."""
+    ranks = run_ranks(work.steps, world_size, cases, dtype, timeout=400.0)
+    whole: dict[Any, Any] = {}
+    for i, (folder, layout, experts) in enumerate(cases):
+        if (folder, experts) not in whole:
+            model = work.load(folder, None, experts, dtype)
+            whole[folder, experts] = model, work.infer(model), *work.train(model)
+        model, inference, logits, gradients = whole[folder, experts]
+        for rank, results in enumerate(ranks):
+            found, what = results[i], f"{folder.name}, {layout}, {experts}, rank {rank}"
+            assert not found["messages"], f"{what}: {found['messages']}"
+            assert found["logits"].keys() == found["inference"].keys() != set()
+            for number in found["logits"]:
+                assert_close(found["logits"][number], logits[number], dtype, f"{what}, logits {number}", 1e-6)
+                assert_close(found["inference"][number], inference[number], dtype, f"{what}, inference {number}", 1e-6)
+            assert found["gradients"].keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                assert gradient is not None, name
+                assert found["gradients"][name] is not None, f"{what}: {name} has no gradient"
+                assert_close(found["gradients"][name], gradient, dtype, f"{what}, gradient of {name}", 1e-5)
+            if "ep_size" in layout:
+                assert_dispatched(model, layout, found, what)
+    assert len({number for results in ranks for number in results[0]["logits"]}) == len(work.batches())
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str, float32: float) -> None:
+    """Float64 to 1e-10; float32 to the bound given, of the largest value where that is above 1."""
+    assert found.shape == expected.shape
+    scale = max(1.0, float(expected.abs().max())) if dtype == torch.float32 else 1.0
+    worst = float((found - expected).abs().max())
+    assert worst <= (float32 * scale if dtype == torch.float32 else 1e-10), f"{what}: off by {worst:.2e}"
+
+
+def assert_dispatched(model: Any, layout: work.Layout, found: Any, what: str) -> None:
+    """By count: every layer of every batch went through the class that was named, in the width of its experts."""
+    apart, training, inferring = IMPLEMENTATIONS[layout["ep_implementation"]]
+    widths = [layer.mlp.experts.hidden_dim for layer in model.model.layers]
+    slices = layout.get("tp_size", 1)
+    for mode, shared in (("training", training), ("inferring", inferring)):
+        name, record = shared if shares_rows(layout) else apart, found[mode]
+        assert name is not None
+        expected = [(tokens, width) for tokens in found["tokens"] for width in widths]
+        assert record["calls"].pop(name) == expected, f"{what}, {mode}"
+        assert set(record["calls"]) <= {"AutoEP"}, f"{what}, {mode}: {record['calls']}"
+        if name == "AllToAllEP":  # there and back; one row per token and choice
+            there, back = record["sent"][::2], record["sent"][1::2]
+            assert len(there) == len(back) == len(expected)
+            for (rows, width), (_, width_back), (tokens, wanted) in zip(there, back, expected, strict=True):
+                assert width == width_back == wanted, f"{what}, {mode}"
+                assert rows <= -(-tokens // slices) * work.TOP_K
+                assert slices > 1 or rows == tokens * work.TOP_K
+        elif name == "AllReduceEP":
+            assert not record["sent"]
+
+
+def make_cases(
+    folder: Path,
+    layouts: Sequence[work.Layout],
+    families: Sequence[str] = FAMILIES,
+    blocks: Sequence[str] = BLOCKS,
+    routings: Sequence[str] = ("spread",),
+    experts: Sequence[str] = ("batched_mm",),
+) -> list[tuple[Path, work.Layout, str]]:
+    return [
+        (work.save(folder, family, block, routing), layout, implementation)
+        for family in families
+        for block in blocks
+        for routing in routings
+        for layout in layouts
+        for implementation in experts
+    ]
+
+
+def test_two_ranks(tmp_path):
+    """One of each kind: rows apart and shared, mixed and un-gated blocks, an empty rank."""
+    cases = make_cases(tmp_path, with_implementations(TWO[:1]), ["olmoe_ext"], ["full_gated"])
+    cases += make_cases(tmp_path, with_implementations(TWO), ["mixtral_ext"], ["ungated"], ["empty_ranks"])
+    assert_equal_to_one_process(2, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_on_two_ranks(tmp_path, family):
+    cases = make_cases(tmp_path, with_implementations(TWO), [family])
+    assert_equal_to_one_process(2, cases + make_cases(tmp_path, WITHOUT_EXPERTS, [family]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_on_four_ranks(tmp_path, family):
+    cases = make_cases(tmp_path, with_implementations(FOUR), [family], ["ungated", "full_gated"])
+    assert_equal_to_one_process(4, cases)
+
+
+@pytest.mark.slow
+def test_ranks_and_experts_without_rows(tmp_path):
+    cases = make_cases(
+        tmp_path, with_implementations(FOUR), ["olmoe_ext"], ["mixed"], ["empty_experts", "empty_ranks"]
+    )
+    assert_equal_to_one_process(4, cases)
+
+
+@pytest.mark.slow
+def test_eager_experts(tmp_path):
+    layouts = with_implementations(TWO)
+    cases = make_cases(tmp_path, layouts, ["olmoe_ext"], ["mixed", "gated"], ["spread", "empty_ranks"], ["eager"])
+    assert_equal_to_one_process(2, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32(tmp_path, family):
+    layouts = with_implementations(TWO) + WITHOUT_EXPERTS
+    cases = make_cases(tmp_path, layouts, [family], ["full", "full_gated"], ["spread", "empty_ranks"], ["grouped_mm"])
+    assert_equal_to_one_process(2, cases, torch.float32)
