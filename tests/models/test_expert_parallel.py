@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from support import distributed_training
 from support import expert_parallel as work
 from support.ranks import run_ranks
 
@@ -169,3 +170,72 @@ def test_float32(tmp_path, family):
     layouts = with_implementations(TWO) + WITHOUT_EXPERTS
     cases = make_cases(tmp_path, layouts, [family], ["full", "full_gated"], ["spread", "empty_ranks"], ["grouped_mm"])
     assert_equal_to_one_process(2, cases, torch.float32)
+
+
+def assert_trains_like_one_process(folder: Path, out: Path, world_size: int, layout: work.Layout) -> None:
+    ranks = run_ranks(work.train_and_save, world_size, folder, out / "ranks", layout)
+    model = work.load(folder)
+    trainer = distributed_training.make_trainer(model, out / "one", max_steps=work.NUM_STEPS, learning_rate=0.003)
+    born = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    expected = work.trajectory(trainer)
+    assert len(expected) == work.NUM_STEPS
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.1  # it did train
+    saved = work.load(out / "ranks" / "saved")
+    for rank, (found, parameters) in enumerate(ranks):
+        for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+            for key in theirs:
+                assert abs(ours[key] - theirs[key]) < 1e-5, f"rank {rank}, step {step}: {ours} for {theirs}"
+        for name, parameter in model.named_parameters():
+            assert not torch.equal(parameter, born[name]), name
+            worst = float((parameters[name] - parameter.detach()).abs().max())
+            assert worst < 1e-5, f"rank {rank}, {name}: off by {worst:.2e}"
+            assert torch.equal(saved.get_parameter(name), parameters[name]), name
+
+
+def test_trainer(tmp_path):
+    """Five steps on all weights, saved and opened again on one process."""
+    assert_trains_like_one_process(work.save(tmp_path, "olmoe_ext", "full"), tmp_path, 2, EXPERTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FOUR[:3], ids=str)
+def test_trainer_on_four_ranks(tmp_path, layout):
+    assert_trains_like_one_process(work.save(tmp_path, "mixtral_ext", "mixed"), tmp_path, 4, layout)
+
+
+def test_generation(tmp_path):
+    """Prompts of different lengths; without gradients and with shared rows "auto" reduces instead of exchanging."""
+    folder = work.save(tmp_path, "olmoe_ext", "ungated")
+    ranks = run_ranks(work.generate, 2, folder, TWO)
+    model = work.load(folder).eval()
+    for number, ids in enumerate(work.batches()):
+        expected = work.continuation(model, ids)
+        for i, name in enumerate(("AllToAllEP", "AllReduceEP")):
+            holders = [results[i] for results in ranks if number in results[i][0]]
+            assert holders
+            for found, calls in holders:
+                assert torch.equal(found[number], expected), f"{TWO[i]}, prompt {number}"
+                assert calls.keys() == {"AutoEP", name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters(tmp_path, family):
+    """PERFT in the latent width of distributed experts: every variant trains as on one process."""
+    folder = work.save(tmp_path, family, "mixed")
+    ranks = run_ranks(distributed_training.train_variants, 2, folder, tmp_path, EXPERTS)
+    for variant in distributed_training.VARIANTS:
+        model = distributed_training.attach(distributed_training.load(folder), variant)
+        distributed_training.make_trainer(model, tmp_path / "one").train()
+        expected = distributed_training.adapters(model)
+        latent = {n: p for n, p in expected.items() if "layers.1." in n and n.endswith("perft_A.default")}
+        assert [p.shape[-1] for p in latent.values()] == [8]
+        for rank, results in enumerate(ranks):
+            found = results[variant]
+            assert found["held"] < 1
+            assert found["trained"].keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert not torch.equal(tensor, found["born"][name])
+                worst = float((found["trained"][name] - tensor).abs().max())
+                assert worst < 1e-10, f"{variant}, rank {rank}, {name}: off by {worst:.2e}"

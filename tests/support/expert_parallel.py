@@ -20,9 +20,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, Mixtral
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
 from transformers.utils import logging as logging_of_transformers
 
-from support import latent_models, zoo
+from support import distributed_training, latent_models, zoo
 
-NUM_EXPERTS, TOP_K = 8, 2
+TOP_K, NUM_STEPS = 2, 5
 # Which experts a token can choose; None: all. With four of eight, half of the experts get no row; with the first four, so
 # does the second half of the ranks.
 ROUTINGS: dict[str, list[int] | None] = {"spread": None, "empty_experts": [0, 1, 4, 5], "empty_ranks": [0, 1, 2, 3]}
@@ -221,3 +221,33 @@ def steps(
         )
         messages.texts.clear()
     return results
+
+
+def train_and_save(rank: int, world_size: int, folder: Path, out: Path, layout: Layout) -> Any:
+    """A plain Trainer on all of the model's weights; the model is saved below ``out``."""
+    model = load(folder, layout)
+    trainer = distributed_training.make_trainer(model, out, max_steps=NUM_STEPS, learning_rate=0.003)
+    trainer.train()
+    trainer.save_model(str(out / "saved"))
+    return trajectory(trainer), {name: whole(p) for name, p in model.named_parameters()}
+
+
+def trajectory(trainer: Any) -> list[dict[str, float]]:
+    """Loss and norm of the gradients of every step."""
+    return [{key: log[key] for key in ("loss", "grad_norm")} for log in trainer.state.log_history if "loss" in log]
+
+
+def generate(rank: int, world_size: int, folder: Path, layouts: Sequence[Layout]) -> list[Any]:
+    """Tokens that this rank generates after its own prompts, per layout, and the dispatchers called."""
+    results = []
+    for layout in layouts:
+        model = load(folder, layout).eval()
+        with recorded_dispatch() as record:
+            results.append(({n: continuation(model, ids) for n, ids in own_batches(model, rank).items()}, record["calls"]))
+    return results
+
+
+def continuation(model: Any, ids: Tensor) -> Tensor:
+    """Greedy tokens, with a cache; ranks stop at different lengths."""
+    settings = {"max_new_tokens": 4 + ids.shape[1] % 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
