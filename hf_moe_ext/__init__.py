@@ -12,6 +12,7 @@ from hf_moe_ext import registry
 
 if TYPE_CHECKING:
     from hf_moe_ext.models import MixtralExtConfig, MixtralExtForCausalLM, OlmoeExtConfig, OlmoeExtForCausalLM
+    from hf_moe_ext.models.distribution import check_distribution
     from hf_moe_ext.perft import PerftConfig, PerftModel
     from hf_moe_ext.perft.calibration import choose_experts_to_adapt
     from hf_moe_ext.perft.groups import param_groups
@@ -28,6 +29,7 @@ _EXPORTS = {
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
+    "check_distribution": "hf_moe_ext.models.distribution",
     "choose_experts_to_adapt": "hf_moe_ext.perft.calibration",
     "count_trainable": "hf_moe_ext.perft.report",
     "param_groups": "hf_moe_ext.perft.groups",
@@ -42,6 +44,7 @@ __all__ = [
     "PerftModel",
     "RouterLoadCallback",
     "__version__",
+    "check_distribution",
     "choose_experts_to_adapt",
     "count_trainable",
     "param_groups",

@@ -127,7 +127,9 @@ def _check_sizes(layout: DistributedConfig, flagged: bool, num_processes: int | 
             f"{product} needs {needed} processes, and this run has {num_processes}; start it with "
             f"`torchrun --nproc_per_node {needed}` or `accelerate launch --num_processes {needed}`, or change the sizes"
         )
-    idle = [name for name, value in (("ep_plan", None), ("ep_implementation", "auto")) if getattr(layout, name) != value]
+    idle = [
+        name for name, value in (("ep_plan", None), ("ep_implementation", "auto")) if getattr(layout, name) != value
+    ]
     if idle and layout.ep_size == 1:
         logger.warning(f"{' and '.join(idle)}: no effect, because ep_size is 1; write ep_size to shard the experts")
 
@@ -173,7 +175,9 @@ def _resolve(model: Any, plan_name: str, override: Any) -> dict[str, str]:
         if key not in known:
             prefixed = f"{model.base_model_prefix}.{key}"
             hint = f"write {prefixed!r}" if prefixed in known else _hint(known, key)
-            raise ValueError(f"{plan_name} has a rule for {key!r}, which names nothing in {type(model).__name__}; {hint}")
+            raise ValueError(
+                f"{plan_name} has a rule for {key!r}, which names nothing in {type(model).__name__}; {hint}"
+            )
         if plan_name != "fsdp_plan" and style not in ALL_PARALLEL_STYLES:
             raise ValueError(
                 f"{plan_name} gives {key!r} the style {style!r}, which Transformers does not know; for experts write "
@@ -211,11 +215,13 @@ def _check_expert_plan(model: nn.Module, sites: list[ExpertsSite], plan: dict[st
         raise ValueError(f"ep_size={ep_size}, but {type(model).__name__} has no MoE block; write ep_size=1")
     for site in sites:
         key = replace_layer_number_by_wildcard(site.name)
-        weights = {f"{key}.{name}": p.shape[0] for name, p in site.experts.named_parameters(recurse=False) if p.ndim > 1}
+        weights = {
+            f"{key}.{name}": p.shape[0] for name, p in site.experts.named_parameters(recurse=False) if p.ndim > 1
+        }
         dispatched = plan.get(key) == DISPATCHED
         whole = [name for name in weights if plan.get(name) != SHARDED]
         if whole or not dispatched:
-            missing = {name: SHARDED for name in whole} | ({} if dispatched else {key: DISPATCHED})
+            missing = dict.fromkeys(whole, SHARDED) | ({} if dispatched else {key: DISPATCHED})
             consequence = (
                 "every rank would keep all experts, and all rows would go to the first"
                 if dispatched and len(whole) == len(weights)

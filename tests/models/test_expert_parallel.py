@@ -151,9 +151,7 @@ def test_every_layout_on_four_ranks(tmp_path, family):
 
 @pytest.mark.slow
 def test_ranks_and_experts_without_rows(tmp_path):
-    cases = make_cases(
-        tmp_path, with_implementations(FOUR), ["olmoe_ext"], ["mixed"], ["empty_experts", "empty_ranks"]
-    )
+    cases = make_cases(tmp_path, with_implementations(FOUR), ["olmoe_ext"], ["mixed"], ["empty_experts", "empty_ranks"])
     assert_equal_to_one_process(4, cases)
 
 

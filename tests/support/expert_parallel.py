@@ -243,7 +243,9 @@ def generate(rank: int, world_size: int, folder: Path, layouts: Sequence[Layout]
     for layout in layouts:
         model = load(folder, layout).eval()
         with recorded_dispatch() as record:
-            results.append(({n: continuation(model, ids) for n, ids in own_batches(model, rank).items()}, record["calls"]))
+            results.append(
+                ({n: continuation(model, ids) for n, ids in own_batches(model, rank).items()}, record["calls"])
+            )
     return results
 
 
