@@ -19,6 +19,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.utils import logging
 
+from hf_moe_ext.dcca.block import DccaExperts, DccaGatedExperts
 from hf_moe_ext.host.blocks import ExpertsSite, iterate_experts
 
 logger = logging.get_logger(__name__)
@@ -57,8 +58,7 @@ def check_distribution(
         ValueError: the layout cannot be taken; the message says what to write.
     """
     given = distributed_config if isinstance(distributed_config, dict) else {}
-    layout = DistributedConfig.from_dict(given) if given else distributed_config
-    assert isinstance(layout, DistributedConfig)
+    layout: Any = DistributedConfig.from_dict(given) if given else distributed_config
     if layout.dp_size * layout.tp_size * layout.pp_size == 1:
         return  # Transformers distributes nothing
     _check_sizes(layout, bool(given.get("enable_expert_parallel")), num_processes)
@@ -70,8 +70,10 @@ def check_distribution(
     sites = list(iterate_experts(model))
     if layout.ep_size > 1:
         _check_expert_plan(model, sites, plans["ep_plan"], layout.ep_size)
-        _check_eager(model, layout)
-    elif layout.tp_size > 1:
+        _check_eager(model, sites, layout)
+    if layout.tp_size > 1:
+        _check_heads(model, plans["tp_plan"], layout.tp_size)
+    if layout.tp_size > 1 and layout.ep_size == 1:
         _check_inner_width(model, sites, layout.tp_size, dtype)
 
 
@@ -82,7 +84,7 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def divide_expert_gradients_once(model: nn.Module, layout: DistributedConfig) -> None:
+def divide_expert_gradients_once(model: nn.Module, layout: Any) -> None:
     """Mend the gradients of experts that no other rank holds, in float16 and float64.
 
     Where each expert is on one rank only (``efsdp_size`` 1), torch 2.13 divides their float16 and float64 gradients by
@@ -95,10 +97,20 @@ def divide_expert_gradients_once(model: nn.Module, layout: DistributedConfig) ->
         experts = site.experts
         if isinstance(experts, FSDPModule) and next(experts.parameters()).dtype in _DIVIDED_TWICE:
             experts.set_gradient_divide_factor(1.0)
-            experts.set_all_reduce_hook(lambda gradient: gradient.div_(layout.dp_size))
+            experts.set_all_reduce_hook(_DivideBy(layout.dp_size))
 
 
-def _check_sizes(layout: DistributedConfig, flagged: bool, num_processes: int | None) -> None:
+class _DivideBy:
+    """A hook for what a reduction leaves."""
+
+    def __init__(self, divisor: int) -> None:
+        self.divisor = divisor
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        gradient.div_(self.divisor)
+
+
+def _check_sizes(layout: Any, flagged: bool, num_processes: int | None) -> None:
     sizes = {"pp_size": layout.pp_size, "dp_replicate_size": layout.dp_replicate_size}
     sizes |= {"fsdp_size": layout.fsdp_size, "tp_size": layout.tp_size}
     # `enable_expert_parallel` without `ep_size` means ep_size=tp_size and leaves only an empty tp_plan behind.
@@ -134,7 +146,7 @@ def _check_sizes(layout: DistributedConfig, flagged: bool, num_processes: int | 
         logger.warning(f"{' and '.join(idle)}: no effect, because ep_size is 1; write ep_size to shard the experts")
 
 
-def _check_implementation(layout: DistributedConfig, experts_implementation: str | None) -> None:
+def _check_implementation(layout: Any, experts_implementation: str | None) -> None:
     """How tokens reach the experts, and whether every rank has what that needs."""
     implementations, name = EPImplementationInterface(), layout.ep_implementation
     if name not in implementations:
@@ -242,16 +254,33 @@ def _check_expert_plan(model: nn.Module, sites: list[ExpertsSite], plan: dict[st
             )
 
 
-def _check_eager(model: Any, layout: DistributedConfig) -> None:
-    masked = layout.ep_implementation == "all_reduce" or (
-        layout.ep_implementation == "auto" and layout.ep_size == layout.tp_size
+def _check_eager(model: Any, sites: list[ExpertsSite], layout: Any) -> None:
+    """Stock eager loops where ranks share their rows, each running its own experts on all of them."""
+    if model.config._experts_implementation != "eager" or layout.ep_size != layout.tp_size:
+        return
+    stock = [site for site in sites if not isinstance(site.experts, DccaExperts | DccaGatedExperts)]
+    model_type, name = model.config.model_type, layout.ep_implementation
+    if model_type in _EAGER_WITHOUT_OTHER_RANKS and name in ("auto", "all_reduce"):
+        consequence = f"of {model_type!r} fails on ids of other ranks' experts"
+    elif stock and name == "all_reduce":
+        # Its output is then a constant, and the other ranks wait for this one in the backward.
+        consequence = f"hangs in training once the experts of one rank get no token ({stock[0].name})"
+    else:
+        return
+    raise ValueError(
+        f"experts_implementation='eager' with ep_implementation={name!r} {consequence}; write "
+        "experts_implementation='batched_mm' or 'grouped_mm', or ep_implementation='all_to_all'"
     )
-    model_type = model.config.model_type
-    if masked and model_type in _EAGER_WITHOUT_OTHER_RANKS and model.config._experts_implementation == "eager":
+
+
+def _check_heads(model: Any, plan: dict[str, str], tp_size: int) -> None:
+    """A rank that holds a part of a key-value head fails in its first forward."""
+    split = any(key.endswith(".self_attn.k_proj") and style == "colwise" for key, style in plan.items())
+    num_heads = getattr(model.config, "num_key_value_heads", None)
+    if split and isinstance(num_heads, int) and num_heads % tp_size:
         raise ValueError(
-            f"experts_implementation='eager' of {model_type!r} fails on ids of other ranks' experts, which "
-            f"ep_implementation={layout.ep_implementation!r} gives it where ranks share their rows (ep_size == tp_size); "
-            "write experts_implementation='grouped_mm' or ep_implementation='all_to_all'"
+            f"tp_size={tp_size} must divide num_key_value_heads={num_heads}; write a smaller tp_size, and fsdp_size for "
+            "the other processes"
         )
 
 

@@ -34,14 +34,16 @@ class ChosenBlocks:
         super().post_init()  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """As ``PreTrainedModel.from_pretrained``, but a layout that cannot be taken is refused before anything starts."""
         layout = kwargs.get("distributed_config")
         if layout is not None:
             outline = config
             if not isinstance(config, PreTrainedConfig):
                 own = {key: value for key, value in kwargs.items() if key != "distributed_config"}
-                outline = cls.config_class.from_pretrained(config or source, **own)  # type: ignore[attr-defined]
+                outline = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **own)  # type: ignore[attr-defined]
             check_distribution(
                 outline,
                 layout,
@@ -50,7 +52,9 @@ class ChosenBlocks:
                 experts_implementation=kwargs.get("experts_implementation"),
                 dtype=kwargs.get("dtype"),
             )
-        return super().from_pretrained(source, *args, config=config, **kwargs)  # type: ignore[misc]
+        return super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *model_args, config=config, **kwargs
+        )
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:

@@ -145,7 +145,9 @@ def test_every_block_on_two_ranks(tmp_path, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_on_four_ranks(tmp_path, family):
-    cases = make_cases(tmp_path, with_implementations(FOUR), [family], ["ungated", "full_gated"])
+    # Mixtral's attention is split by key-value heads, of which there are two.
+    layouts = [layout for layout in FOUR if family == "olmoe_ext" or layout.get("tp_size", 1) < 4]
+    cases = make_cases(tmp_path, with_implementations(layouts), [family], ["ungated", "full_gated"])
     assert_equal_to_one_process(4, cases)
 
 
@@ -157,9 +159,11 @@ def test_ranks_and_experts_without_rows(tmp_path):
 
 @pytest.mark.slow
 def test_eager_experts(tmp_path):
-    layouts = with_implementations(TWO)
-    cases = make_cases(tmp_path, layouts, ["olmoe_ext"], ["mixed", "gated"], ["spread", "empty_ranks"], ["eager"])
-    assert_equal_to_one_process(2, cases)
+    """All-reduce only without standard blocks, whose eager loop hangs there (and is refused)."""
+    routings, eager = ["spread", "empty_ranks"], ["eager"]
+    cases = make_cases(tmp_path, with_implementations(TWO), ["olmoe_ext"], ["ungated", "gated"], routings, eager)
+    layouts = [layout for layout in with_implementations(TWO) if layout["ep_implementation"] != "all_reduce"]
+    assert_equal_to_one_process(2, cases + make_cases(tmp_path, layouts, ["mixtral_ext"], ["mixed"], routings, eager))
 
 
 @pytest.mark.slow
