@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.distributed import DistributedConfig
@@ -28,8 +27,6 @@ SHARDED, DISPATCHED = "grouped_gemm", "ep_dispatch_experts"
 MEGAMOE = "deepgemm_megamoe"
 # Their eager loop looks up the id that stands for experts of other ranks (modeling_nemotron_h.py), an IndexError.
 _EAGER_WITHOUT_OTHER_RANKS = ("nemotron_h",)
-# Dtypes whose gradients FSDP2 divides before and after the reduction (torch/distributed/fsdp/_fully_shard).
-_DIVIDED_TWICE = (torch.float16, torch.float64)
 _ROW_BYTES = 16  # what grouped_mm aligns rows to
 
 Layout = DistributedConfig | dict[str, Any]
@@ -82,32 +79,6 @@ def count_processes() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def divide_expert_gradients_once(model: nn.Module, layout: Any) -> None:
-    """Mend the gradients of experts that no other rank holds, in float16 and float64.
-
-    Where each expert is on one rank only (``efsdp_size`` 1), torch 2.13 divides their float16 and float64 gradients by
-    Transformers' divide factor twice (``foreach_reduce``: around the reduction, and in place of it). Here FSDP2 divides
-    by 1 and a hook divides once. float32, bfloat16 and ``fsdp_mixed_precision``, which reduces in float32, are right.
-    """
-    if layout.dp_size == 1 or layout.ep_size == 1 or layout.efsdp_size > 1 or layout.fsdp_mixed_precision:
-        return
-    for site in iterate_experts(model):
-        experts = site.experts
-        if isinstance(experts, FSDPModule) and next(experts.parameters()).dtype in _DIVIDED_TWICE:
-            experts.set_gradient_divide_factor(1.0)
-            experts.set_all_reduce_hook(_DivideBy(layout.dp_size))
-
-
-class _DivideBy:
-    """A hook for what a reduction leaves."""
-
-    def __init__(self, divisor: int) -> None:
-        self.divisor = divisor
-
-    def __call__(self, gradient: torch.Tensor) -> None:
-        gradient.div_(self.divisor)
 
 
 def _check_sizes(layout: Any, flagged: bool, num_processes: int | None) -> None:

@@ -17,7 +17,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM, OlmoeMode
 
 from hf_moe_ext.dcca.block import DccaMoeBlock
 from hf_moe_ext.models.configuration import DCCA, MixtralExtConfig, OlmoeExtConfig
-from hf_moe_ext.models.distribution import check_distribution, count_processes, divide_expert_gradients_once
+from hf_moe_ext.models.distribution import check_distribution, count_processes
+from hf_moe_ext.models.expert_gradients import divide_expert_gradients_once
 
 
 class ChosenBlocks:
