@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_moe_ext.dcca.meter import TrafficMeter
     from hf_moe_ext.dcca.traffic_callback import TrafficCallback
     from hf_moe_ext.models import MixtralExtConfig, MixtralExtForCausalLM, OlmoeExtConfig, OlmoeExtForCausalLM
+    from hf_moe_ext.models.distribution import check_distribution
     from hf_moe_ext.perft import PerftConfig, PerftModel
     from hf_moe_ext.perft.calibration import choose_experts_to_adapt
     from hf_moe_ext.perft.groups import param_groups
@@ -32,6 +33,7 @@ _EXPORTS = {
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
+    "check_distribution": "hf_moe_ext.models.distribution",
     "choose_experts_to_adapt": "hf_moe_ext.perft.calibration",
     "count_trainable": "hf_moe_ext.perft.report",
     "param_groups": "hf_moe_ext.perft.groups",
@@ -48,6 +50,7 @@ __all__ = [
     "TrafficCallback",
     "TrafficMeter",
     "__version__",
+    "check_distribution",
     "choose_experts_to_adapt",
     "count_trainable",
     "param_groups",

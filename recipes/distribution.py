@@ -1,9 +1,11 @@
 """How one model is spread over the processes: `--fsdp_size`, `--ep_size`, `--tp_size`, as Transformers' own layout."""
 
 import torch
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import SaveStrategy
 
+import hf_moe_ext
 from finetune_arguments import Arguments, ModelArguments, UserError
 
 
@@ -60,3 +62,27 @@ def check_distribution(arguments: Arguments, num_processes: int) -> None:
             f"--tp_size {config.tp_size}: accelerate has no tensor parallelism for CPU processes. Use --fsdp_size or "
             "--ep_size, or train on accelerators."
         )
+
+
+def check_distributed_model(outline: PreTrainedModel, arguments: ModelArguments, num_processes: int) -> None:
+    """Refuse a layout that this model cannot take, or that would silently leave it whole.
+
+    Args:
+        outline: The model, with or without weights.
+        arguments: The sizes.
+        num_processes: Of the whole run.
+
+    Raises:
+        UserError: For example experts that do not divide by `--ep_size`.
+    """
+    layout = build_distributed_config(arguments, num_processes)
+    if layout is None:
+        return
+    try:
+        hf_moe_ext.check_distribution(
+            outline.config, layout, model_class=type(outline), num_processes=num_processes, dtype=arguments.dtype
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--model_name_or_path {arguments.model_name_or_path} cannot be spread this way: {error}"
+        ) from error
