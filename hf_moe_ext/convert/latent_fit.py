@@ -65,24 +65,27 @@ def latent_input_weight(weight: Tensor, second_moment: Tensor, descend: Tensor) 
     return weight @ (descend.T + torch.linalg.solve(descend @ seen, outside, left=False))
 
 
-def refit_output_weight(weight: Tensor, residual: Tensor, gram: Tensor, ridge: Tensor | float) -> Tensor:
-    """Least squares of one expert's outputs on the activations that its latent form really produces.
+def refit_output_weight(current: Tensor, residual: Tensor, gram: Tensor, ridge: float, fallback: Tensor) -> Tensor:
+    """Least squares of the outputs on the activations that one expert's latent form really produces.
 
-    Minimises sum_t w_t^2 |o_t - B a_t|^2 + ridge |B - D|^2 over B; as a correction of D:
-    B = D + (sum_t w_t^2 (o_t - D a_t) a_t^T) (K + ridge I)^-1.
+    Minimises sum_t |r_t - (B - B0) a_t|^2 + ridge |B - D|^2 over B, where r_t is what the current weights B0 of all
+    experts leave of the target and a_t carries the router's weight; as a correction of B0:
+    B = B0 + (sum_t r_t a_t^T - ridge (B0 - D)) (K + ridge I)^-1.
 
     Args:
-        weight: D [H, F], the expert's own second matrix: what B falls back to where there are no data.
-        residual: sum_t w_t^2 (o_t - D a_t) a_t^T [H, F], of the outputs o the source gives and the activations a.
-        gram: K = sum_t w_t^2 a_t a_t^T [F, F].
-        ridge: in units of K's diagonal; > 0.
+        current: B0 [H, F].
+        residual: sum_t r_t a_t^T [H, F].
+        gram: K = sum_t a_t a_t^T [F, F].
+        ridge: in units of K's diagonal; above 0.
+        fallback: D [H, F], the source's own second matrix, which stands where there are no data.
 
     Returns:
         B [H, F].
     """
     regular = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    right = residual - ridge * (current - fallback)
     # Cholesky: symmetric and positive definite by construction.
-    return weight + torch.cholesky_solve(residual.T, torch.linalg.cholesky(regular)).T
+    return current + torch.cholesky_solve(right.T, torch.linalg.cholesky(regular)).T
 
 
 def svd_projections(gate_up_proj: Tensor, down_proj: Tensor, latent_size: int) -> tuple[Tensor, Tensor]:
