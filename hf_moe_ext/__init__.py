@@ -1,8 +1,8 @@
 """Mixture-of-Experts fine-tuning for the Hugging Face stack.
 
-Importing this package is cheap: it loads neither torch, transformers nor peft. It leaves a note for PEFT's import so
-that every loader (``PeftModel``, ``AutoPeftModel*``, ``AutoModel*.from_pretrained(adapter)``) knows our types, whichever
-package is imported first.
+Importing this package is cheap: it loads neither torch, transformers nor peft. It leaves notes for the imports of PEFT and
+Transformers so that every loader (``PeftModel``, ``AutoPeftModel*``, ``AutoModel*.from_pretrained``) knows our types,
+whichever package is imported first.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_moe_ext import registry
 
 if TYPE_CHECKING:
+    from hf_moe_ext.models import MixtralExtConfig, MixtralExtForCausalLM, OlmoeExtConfig, OlmoeExtForCausalLM
     from hf_moe_ext.perft import PerftConfig, PerftModel
     from hf_moe_ext.perft.calibration import choose_experts_to_adapt
     from hf_moe_ext.perft.groups import param_groups
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "MixtralExtConfig": "hf_moe_ext.models",
+    "MixtralExtForCausalLM": "hf_moe_ext.models",
+    "OlmoeExtConfig": "hf_moe_ext.models",
+    "OlmoeExtForCausalLM": "hf_moe_ext.models",
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
@@ -29,6 +34,10 @@ _EXPORTS = {
     "record_router_load": "hf_moe_ext.perft.router_load",
 }
 __all__ = [
+    "MixtralExtConfig",
+    "MixtralExtForCausalLM",
+    "OlmoeExtConfig",
+    "OlmoeExtForCausalLM",
     "PerftConfig",
     "PerftModel",
     "RouterLoadCallback",

@@ -13,6 +13,7 @@ import wrapt
 
 FEATURES = {
     "peft": ("hf_moe_ext.perft",),
+    "transformers": ("hf_moe_ext.models",),
 }
 
 _installed = False

@@ -27,11 +27,12 @@ def test_importing_transformers_too_still_loads_no_peft():
 
 def test_public_names_resolve_and_unknown_ones_are_named():
     names = _run("import hf_moe_ext; print(all(getattr(hf_moe_ext, n) for n in hf_moe_ext.__all__), dir(hf_moe_ext))")
-    assert names.startswith("True ['PerftConfig'")
+    assert names.startswith("True [")
+    assert "'PerftConfig'" in names
     error = _run(
         "import hf_moe_ext\ntry: hf_moe_ext.Nonsense\nexcept AttributeError as e: print(e)",
     )
-    assert "no attribute 'Nonsense'; public names: PerftConfig" in error
+    assert "no attribute 'Nonsense'; public names: MixtralExtConfig, " in error
 
 
 IMPORTS = {

@@ -1,0 +1,188 @@
+"""``OlmoeExt*`` and ``MixtralExt*``: the stock models with the MoE block that each layer's configuration names.
+
+Everything but the blocks is inherited. A layer's stock block is exchanged before any weight is drawn, so a model of
+standard blocks draws the same weights from the same seed as the stock one.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralTopKRouter
+from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM, OlmoeModel, OlmoeTopKRouter
+
+from hf_moe_ext.dcca.block import DccaMoeBlock
+from hf_moe_ext.models.configuration import DCCA, MixtralExtConfig, OlmoeExtConfig
+
+
+class ChosenBlocks:
+    """What the ``*_ext`` models have in common; stands before a stock model class."""
+
+    router_class: type[nn.Module]
+
+    def post_init(self) -> None:
+        """Exchange the blocks before the weights are drawn, then what every model does."""
+        model: Any = self
+        for layer, block in zip(getattr(model, "layers", ()), model.config.moe_blocks, strict=False):
+            if block == DCCA:
+                layer.mlp = DccaMoeBlock(model.config, self.router_class(model.config))
+        super().post_init()  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        stds = getattr(module, "init_std", None)
+        if stds is None:
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        for name, std in stds.items():
+            init.normal_(getattr(module, name), mean=0.0, std=std)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers looks for `@use_experts_implementation` in this file; ours stands beside the block.
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Transformers' choice, less what cannot run un-gated experts.
+
+        Raises:
+            ValueError: "sonicmoe" with un-gated experts.
+        """
+        config: Any = self.config  # type: ignore[attr-defined]
+        if requested_experts == "sonicmoe" and DCCA in config.moe_blocks and not config.moe_expert_gated:
+            raise ValueError(
+                "experts_implementation='sonicmoe' runs gated experts only, and this model has moe_expert_gated=False; "
+                "use 'grouped_mm', or a model with moe_expert_gated=True"
+            )
+        return super().get_correct_experts_implementation(requested_experts)  # type: ignore[misc]
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        # Before Transformers draws what is missing at random.
+        if not load_config.ignore_mismatched_sizes:
+            _refuse_other_blocks(model, loading_info)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As ``PreTrainedModel.save_pretrained``, but with the module's own names unless asked otherwise.
+
+        The Trainer loads its checkpoints by these names; it would pass over experts written one by one and go on with
+        the ones it has.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
+
+
+class ChosenBlocksForCausalLM(ChosenBlocks):
+    """The same for models with a language-model head."""
+
+    def _build(self, config: Any, model: nn.Module) -> None:
+        """What the stock head's constructor does, around our model instead of the stock one."""
+        head: Any = self
+        head.model = model
+        head.vocab_size = config.vocab_size
+        head.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        head.router_aux_loss_coef = config.router_aux_loss_coef
+        head.num_experts = config.num_local_experts
+        head.num_experts_per_tok = config.num_experts_per_tok
+        head.register_forward_hook(_name_latent)
+        head.post_init()
+
+
+class OlmoeExtModel(ChosenBlocks, OlmoeModel):
+    """``OlmoeModel`` with the blocks of its ``OlmoeExtConfig``."""
+
+    config: OlmoeExtConfig
+    router_class = OlmoeTopKRouter
+
+
+class OlmoeExtForCausalLM(ChosenBlocksForCausalLM, OlmoeForCausalLM):
+    """``OlmoeForCausalLM`` with the blocks of its ``OlmoeExtConfig``."""
+
+    config: OlmoeExtConfig
+    router_class = OlmoeTopKRouter
+
+    def __init__(self, config: OlmoeExtConfig) -> None:
+        super(OlmoeForCausalLM, self).__init__(config)
+        self._build(config, OlmoeExtModel(config))
+
+
+class MixtralExtModel(ChosenBlocks, MixtralModel):
+    """``MixtralModel`` with the blocks of its ``MixtralExtConfig``."""
+
+    config: MixtralExtConfig
+    router_class = MixtralTopKRouter
+
+
+class MixtralExtForCausalLM(ChosenBlocksForCausalLM, MixtralForCausalLM):
+    """``MixtralForCausalLM`` with the blocks of its ``MixtralExtConfig``."""
+
+    config: MixtralExtConfig
+    router_class = MixtralTopKRouter
+
+    def __init__(self, config: MixtralExtConfig) -> None:
+        super(MixtralForCausalLM, self).__init__(config)
+        self._build(config, MixtralExtModel(config))
+
+
+def _name_latent(model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    """After the forward: if the loss is not finite, raise naming the first layer whose combined latent is not either."""
+    if torch.compiler.is_compiling():
+        return
+    loss = output[0] if isinstance(output, tuple) else output.loss
+    # Waiting for the loss costs nothing that the Trainer does not wait for itself.
+    if loss is None or loss.ndim > 0 or torch.isfinite(loss):
+        return
+    for name, module in model.named_modules():
+        magnitude = getattr(module, "last_latent_magnitude", None)
+        if magnitude is not None and not torch.isfinite(magnitude):
+            raise FloatingPointError(
+                f"the loss is not finite, and {name} is the first layer whose combined latent is not; lower the learning "
+                "rate, train in bfloat16 rather than float16, or set moe_latent_norm=True"
+            )
+
+
+def _refuse_other_blocks(model: Any, info: Any) -> None:
+    """Raise if loading would leave weights of a MoE block at random, or drop some.
+
+    Args:
+        model: the model, its weights read.
+        info: Transformers' account of the loading: ``missing_keys``, ``mismatched_keys``, ``unexpected_keys``.
+
+    Raises:
+        ValueError: naming the layers and the first such weight.
+    """
+    weight = re.compile(r"layers\.(\d+)\.mlp\..*(?:proj|weight)$")
+    missing = sorted(key for key in info.missing_keys if weight.search(key))
+    mismatched = sorted(key for key in info.mismatched_keys if weight.search(key[0]))
+    unexpected = sorted(key for key in info.unexpected_keys if weight.search(key))
+    if not (missing or mismatched or unexpected):
+        return
+    names = missing + [key[0] for key in mismatched] + unexpected
+    layers = sorted({int(found[1]) for key in names if (found := weight.search(key))})
+    config = model.config
+    wanted = sorted({config.moe_blocks[layer] for layer in layers if layer < len(config.moe_blocks)})
+    if missing:
+        example = f"it has no {missing[0]}"
+    elif mismatched:
+        key, theirs, ours = mismatched[0]
+        example = f"its {key} is {tuple(theirs)}, the model's {tuple(ours)}"
+    else:
+        example = f"the model has no {unexpected[0]}"
+    raise ValueError(
+        f"the checkpoint's MoE blocks in layers {', '.join(map(str, layers))} are not those of the configuration "
+        f"(moe_block={' or '.join(map(repr, wanted))}, moe_latent_size={config.moe_latent_size}, "
+        f"moe_expert_gated={config.moe_expert_gated}): {example}; load it with its own config.json, or convert a "
+        "standard checkpoint with `hf-moe to-dcca`"
+    )
+
+
+for _ours, _theirs in (("olmoe_ext", "olmoe"), ("mixtral_ext", "mixtral")):
+    register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_theirs), overwrite=True)
+AutoModel.register(OlmoeExtConfig, OlmoeExtModel, exist_ok=True)
+AutoModel.register(MixtralExtConfig, MixtralExtModel, exist_ok=True)
+AutoModelForCausalLM.register(OlmoeExtConfig, OlmoeExtForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(MixtralExtConfig, MixtralExtForCausalLM, exist_ok=True)
