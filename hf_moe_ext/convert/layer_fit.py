@@ -159,7 +159,8 @@ def _fit_outputs(
         weighted = weight[:, None] * experts.inner(expert, latent[rows])
         predicted.index_add_(0, rows, weighted @ down[expert].T)
         squares += float(weighted.square().sum())
-    ridge = prior_tokens * squares / (tokens.ids.numel() * source.shape[2])
+    # Above 0 even where nothing is active, so that the fits below stay regular.
+    ridge = max(prior_tokens * squares / (tokens.ids.numel() * source.shape[2]), torch.finfo(torch.float64).tiny ** 0.5)
     for _ in range(num_sweeps):
         for expert in range(len(down)):
             rows, weight = tokens.of_expert(expert)

@@ -1,0 +1,226 @@
+"""``to_dcca``: a pretrained Mixtral- or OLMoE-type checkpoint, or some of its layers, to the DCCA form.
+
+The order of work: the refusals (`conversion_plan`), the text (`calibration_text`), the layers one after the other
+(`layer_conversion`), and if asked for the distillation (`distillation`), all in a folder that gets its name at the end.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_moe_ext.convert.calibration_text import TokenRows, draw_rows, read_passages
+from hf_moe_ext.convert.checkpoint import (
+    DEFAULT_SHARD_BYTES,
+    CheckpointReader,
+    CheckpointWriter,
+    check_target,
+    copy_side_files,
+    write_folder,
+)
+from hf_moe_ext.convert.conversion_plan import ConversionPlan, plan_conversion
+from hf_moe_ext.convert.conversion_report import ConversionReport, peak_memory_bytes
+from hf_moe_ext.convert.distillation import DistillationSettings, distill, measure_perplexity
+from hf_moe_ext.convert.layer_conversion import FitSettings, convert_layers
+
+_METHODS = ("data", "svd")
+
+
+def to_dcca(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    calibration: str | os.PathLike[str] | Tensor | None = None,
+    *,
+    held_out: str | os.PathLike[str] | Tensor | None = None,
+    latent_size: int | None = None,
+    ratio: float | None = None,
+    layers: Iterable[int] | None = None,
+    method: Literal["data", "svd"] = "data",
+    num_tokens: int = 65_536,
+    num_held_out_tokens: int = 16_384,
+    sequence_length: int = 512,
+    distillation: DistillationSettings | None = None,
+    expert_gated: bool = True,
+    expert_intermediate_size: int | None = None,
+    sequential: bool = True,
+    seed: int = 0,
+    overwrite: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    device: str | torch.device | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint and write the result to a folder.
+
+    One decoder layer is in memory at a time, with the hidden states of all calibration tokens; only a distillation loads
+    whole models (source and result). The router stays as it is. At latent size = hidden size the result computes what
+    the source does, to rounding.
+
+    Args:
+        model: folder or Hub id; model_type mixtral, olmoe, mixtral_ext or olmoe_ext, safetensors, not quantised.
+        output: folder to write: config.json, safetensors, tokenizer files, conversion.json.
+        calibration: a text file, a folder of texts, token ids [rows, length], or None for the source of the Python
+            standard library. An eighth of it is held out for the report.
+        held_out: another text (or ids) to measure on in place of that eighth.
+        latent_size: R, a multiple of 8 and at most the hidden size. Default: ratio.
+        ratio: R over the hidden size, rounded to a multiple of 8. Default: 0.25.
+        layers: layers to convert; None: all that are standard.
+        method: "data", or "svd": the data-free baseline.
+        num_tokens: calibration tokens at most.
+        num_held_out_tokens: tokens to measure on at most.
+        sequence_length: tokens per row of text.
+        distillation: settings of a short distillation on the calibration rows; None: none.
+        expert_gated: only True can be represented.
+        expert_intermediate_size: only the source's own can be represented.
+        sequential: fit each layer on the inputs that the layers converted before it give, and so that the hidden states
+            after it are the source's. False: each layer by itself.
+        seed: of the calibration sample and of the distillation.
+        overwrite: replace an existing output folder.
+        max_shard_bytes: largest safetensors file.
+        device: where to compute; None: CUDA if there is one, else the CPU.
+
+    Returns:
+        The report, which is also in the output folder.
+
+    Raises:
+        ValueError, TypeError: a request that cannot be carried out; nothing was written.
+        FileExistsError: the output exists.
+        FileNotFoundError: the source has no safetensors weights.
+    """
+    began = time.monotonic()
+    target = Path(output)
+    check_target(target, overwrite)
+    if method not in _METHODS:
+        raise ValueError(f"method must be 'data' or 'svd'; got {method!r}")
+    for name, value in (("num_tokens", num_tokens), ("num_held_out_tokens", num_held_out_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+            raise ValueError(f"{name} must be an integer of at least 2; got {value!r}")
+    plan = plan_conversion(model, layers, latent_size, ratio, expert_gated, expert_intermediate_size)
+    _check_length(plan, sequence_length)
+    steps = distillation or DistillationSettings()
+    steps.check()
+    reader = CheckpointReader(plan.source)
+    rows = _token_rows(plan, calibration, held_out, (num_tokens, num_held_out_tokens), sequence_length, seed)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    report = ConversionReport(
+        source=str(model),
+        output=str(output),
+        settings={
+            **{"latent_size": plan.config.moe_latent_size, "layers": plan.layers, "method": method},
+            **{"sequential": sequential, "seed": seed, "calibration": rows.origin, "distillation": asdict(steps)},
+        },
+        calibration_tokens=rows.calibration.numel(),
+        held_out_tokens=rows.held_out.numel(),
+    )
+    with write_folder(target, overwrite) as staging:
+        with CheckpointWriter(staging, max_shard_bytes) as writer:
+            convert_layers(plan, reader, writer, rows, FitSettings(method, sequential), place, report)
+        report.num_parameters = writer.num_parameters
+        plan.config.save_pretrained(staging)
+        copy_side_files(plan.source, staging)
+        if steps.num_steps:
+            _distill_folder(plan, staging, rows, steps, place, seed, max_shard_bytes, report)
+        report.seconds = round(time.monotonic() - began, 1)
+        report.peak_memory_bytes = peak_memory_bytes()
+        report.write(staging)
+    return report
+
+
+def _distill_folder(
+    plan: ConversionPlan,
+    folder: Path,
+    rows: TokenRows,
+    steps: DistillationSettings,
+    device: torch.device,
+    seed: int,
+    max_shard_bytes: int,
+    report: ConversionReport,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def load(path: Path, **kwargs: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, **kwargs).to(device)
+
+    # AdamW on bfloat16 weights would lose its small steps.
+    student = load(folder, dtype=torch.float32)
+    report.distillation_losses = distill(
+        student, load(plan.source), rows.calibration, plan.layers, steps, folder / "trainer", seed
+    )
+    report.perplexity_distilled = measure_perplexity(student, rows.held_out)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    trainer_folder = folder / "trainer"
+    if trainer_folder.is_dir():
+        import shutil
+
+        shutil.rmtree(trainer_folder)
+    dtype = getattr(torch, str(plan.config.dtype or "float32").removeprefix("torch."))
+    student.to(dtype).save_pretrained(folder, max_shard_size=max_shard_bytes)
+
+
+def _token_rows(
+    plan: ConversionPlan,
+    calibration: str | os.PathLike[str] | Tensor | None,
+    held_out: str | os.PathLike[str] | Tensor | None,
+    num_tokens: tuple[int, int],
+    length: int,
+    seed: int,
+) -> TokenRows:
+    """Calibration and held-out rows; ids given as a tensor are used as they are, the last eighth of rows held out."""
+    if isinstance(calibration, Tensor):
+        _check_ids(calibration, plan)
+        edge = len(calibration) - max(1, len(calibration) // 8)
+        if held_out is None and edge < 1:
+            raise ValueError("calibration needs at least 2 rows of token ids, because some are held out; got 1")
+        rows = TokenRows(calibration[:edge], calibration[edge:], "token ids")
+        rows = rows if held_out is None else replace(rows, calibration=calibration)
+        if held_out is None:
+            return rows
+    if isinstance(held_out, Tensor):
+        _check_ids(held_out, plan)
+        if isinstance(calibration, Tensor):
+            return replace(rows, held_out=held_out)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(plan.source)
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+    def draw(passages: list[str], count: int, order: int) -> Tensor:
+        def encode(text: str) -> list[int]:
+            # Passages are longer than a model's context, and are cut into rows afterwards: no warning of that.
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        return draw_rows(passages, encode, separator, count, length, order)
+
+    if isinstance(calibration, Tensor):
+        return replace(rows, held_out=draw(sum(read_passages(held_out)[:2], []), num_tokens[1], 0))
+    fit, measure, origin = read_passages(calibration)
+    first = draw(fit, num_tokens[0], seed)
+    if isinstance(held_out, Tensor):
+        return TokenRows(first, held_out, origin)
+    if held_out is not None:
+        measure = sum(read_passages(held_out)[:2], [])
+    # Always in the same order: results of several seeds are measured on the same tokens.
+    return TokenRows(first, draw(measure, num_tokens[1], 0), origin)
+
+
+def _check_ids(ids: Tensor, plan: ConversionPlan) -> None:
+    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2 or not len(ids):
+        raise ValueError(
+            f"token ids must be integers [rows, length >= 2]; got {tuple(ids.shape)} of {ids.dtype}"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= plan.config.vocab_size:
+        raise ValueError(
+            f"token ids must be from 0 to {plan.config.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
+def _check_length(plan: ConversionPlan, length: int) -> None:
+    longest = plan.config.max_position_embeddings
+    if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= longest:
+        raise ValueError(
+            f"sequence_length must be from 2 to the model's max_position_embeddings={longest}; got {length!r}"
+        )
