@@ -3,12 +3,14 @@
 import os
 import random
 import sysconfig
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Source = str | os.PathLike[str] | Tensor | None
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".text")
 _HELD_OUT_ONE_IN = 8
@@ -32,15 +34,12 @@ class TokenRows:
     origin: str
 
 
-def draw_rows(
-    passages: list[str], encode: Callable[[str], list[int]], separator: int | None, num_tokens: int, length: int, seed: int
-) -> Tensor:
+def draw_rows(passages: list[str], tokenizer: Any, num_tokens: int, length: int, seed: int) -> Tensor:
     """Tokens of passages in a random order, joined and cut into rows [rows, length]; at least one row.
 
     Args:
         passages: texts.
-        encode: text -> token ids without special tokens.
-        separator: id between passages; None: nothing between them.
+        tokenizer: a Transformers tokenizer; its first or last special token stands between passages.
         num_tokens: how many tokens at most; fewer if the text is shorter.
         length: tokens per row.
         seed: of the order.
@@ -48,20 +47,56 @@ def draw_rows(
     Raises:
         ValueError: less text than one row.
     """
+    between = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
     order = list(passages)
     random.Random(seed).shuffle(order)
     ids: list[int] = []
     for passage in order:
-        ids += ([] if separator is None else [separator]) + encode(passage)
+        # Passages are longer than a model's context, and are cut into rows afterwards: no warning of that.
+        ids += between + tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= num_tokens:
             break
     rows = min(len(ids), num_tokens) // length
     if rows == 0:
         raise ValueError(
-            f"the calibration text gives {len(ids)} tokens (tokens={num_tokens} were asked for), less than one row of "
+            f"the calibration text gives {len(ids)} tokens (at most {num_tokens} were asked for), less than one row of "
             f"{length}; give more text, or a smaller sequence_length"
         )
     return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """The ids themselves, if they are rows of the model's tokens.
+
+    Raises:
+        ValueError: another shape or kind, or ids outside the vocabulary.
+    """
+    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2 or not len(ids):
+        raise ValueError(f"token ids must be integers [rows, length >= 2]; got {tuple(ids.shape)} of {ids.dtype}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise ValueError(f"token ids must be from 0 to {vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}")
+    return ids
+
+
+def split_source(source: Source) -> tuple[Tensor | list[str], Tensor | list[str], str]:
+    """Part to fit on, part to measure on (an eighth), and the name of the source; ids stay ids, text is passages.
+
+    Raises:
+        ValueError: no text, or fewer than two rows of ids.
+    """
+    if not isinstance(source, Tensor):
+        return read_passages(source)
+    edge = len(source) - max(1, len(source) // _HELD_OUT_ONE_IN)
+    if edge < 1:
+        raise ValueError("token ids must be at least 2 rows, because some are held out; got fewer")
+    return source[:edge], source[edge:], "token ids"
+
+
+def join(first: Tensor | list[str], second: Tensor | list[str]) -> Tensor | list[str]:
+    """Two parts of one source together again."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second])
+    return [*first, *second]
 
 
 def read_passages(source: str | os.PathLike[str] | None) -> tuple[list[str], list[str], str]:

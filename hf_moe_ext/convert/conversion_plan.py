@@ -109,7 +109,9 @@ def locate_checkpoint(model: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(_WANTED_FILES)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{model} is neither a folder here nor a model that the Hub or its cache gives: {error}") from error
+        raise ValueError(
+            f"{model} is neither a folder here nor a model that the Hub or its cache gives: {error}"
+        ) from error
 
 
 def parse_layers(text: str) -> list[int]:
@@ -159,7 +161,9 @@ def _choose_latent_size(hidden_size: int, latent_size: int | None, ratio: float 
         raise ValueError(f"latent_size must be from 1 to hidden_size={hidden_size}; got {latent_size}")
     if latent_size % ALIGNMENT:
         nearest = max(ALIGNMENT, round(latent_size / ALIGNMENT) * ALIGNMENT)
-        raise ValueError(f"latent_size must be a multiple of {ALIGNMENT} (grouped_mm); got {latent_size}, write {nearest}")
+        raise ValueError(
+            f"latent_size must be a multiple of {ALIGNMENT} (grouped_mm); got {latent_size}, write {nearest}"
+        )
     return latent_size
 
 

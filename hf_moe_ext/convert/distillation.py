@@ -112,7 +112,9 @@ class _DistillationTrainer(Trainer):
     layers: list[int]
     output_loss_coef: float
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         ids = inputs["input_ids"]
         with _block_outputs(self.teacher, self.layers) as wanted, torch.no_grad():
             teacher = self.teacher(input_ids=ids).logits
@@ -148,7 +150,7 @@ def _choose_trainable(student: Any, layers: list[int], train_router: bool) -> No
 
 @torch.no_grad()
 def measure_perplexity(model: Any, rows: Tensor, batch_rows: int = 8) -> float:
-    """exp of the mean negative log-likelihood of every token but a row's first; rows [rows, length]."""
+    """Exponential of the mean negative log-likelihood of every token but a row's first; rows [rows, length]."""
     model.eval()
     nats = 0.0
     for batch in rows.to(model.device).split(batch_rows):

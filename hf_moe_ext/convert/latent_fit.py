@@ -103,4 +103,4 @@ def svd_projections(gate_up_proj: Tensor, down_proj: Tensor, latent_size: int) -
     # Eigenvectors of the H x H products: the stacked matrices have E * F rows.
     rows = sum(weight.T @ weight for weight in gate_up_proj)
     columns = sum(weight @ weight.T for weight in down_proj)
-    return leading_subspace(rows, latent_size), leading_subspace(columns, latent_size).T.contiguous()  # type: ignore[arg-type]
+    return leading_subspace(rows, latent_size), leading_subspace(columns, latent_size).T.contiguous()

@@ -102,9 +102,9 @@ class _Streams:
         source = [runner.run(hidden) for hidden in self.source]
         # The source's layer on the converted stream: what there is to route, and the block's own answer to it.
         local = source if same else [runner.run(hidden) for hidden in self.converted]
-        experts = GatedExperts(
-            *(state[name].to(self.source[0].device) for name in (GATE_UP, DOWN)), ACT2FN[self.plan.config.hidden_act]
-        )
+        device = self.source[0].device
+        activation = ACT2FN[self.plan.config.hidden_act]
+        experts = GatedExperts(state[GATE_UP].to(device), state[DOWN].to(device), activation)
         size = self.plan.config.moe_latent_size
         tokens = _routed_tokens(source[0], local[0]) if settings.sequential else _routed_tokens(source[0], source[0])
         block = fit_svd(experts, size) if settings.method == "svd" else fit_data(tokens, experts, size)

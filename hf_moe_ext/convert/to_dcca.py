@@ -5,16 +5,17 @@ The order of work: the refusals (`conversion_plan`), the text (`calibration_text
 """
 
 import os
+import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_moe_ext.convert.calibration_text import TokenRows, draw_rows, read_passages
+from hf_moe_ext.convert.calibration_text import TokenRows, check_ids, draw_rows, join, split_source
 from hf_moe_ext.convert.checkpoint import (
     DEFAULT_SHARD_BYTES,
     CheckpointReader,
@@ -142,7 +143,8 @@ def _distill_folder(
     from transformers import AutoModelForCausalLM
 
     def load(path: Path, **kwargs: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, **kwargs).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        return model.to(device)
 
     # AdamW on bfloat16 weights would lose its small steps.
     student = load(folder, dtype=torch.float32)
@@ -152,11 +154,7 @@ def _distill_folder(
     report.perplexity_distilled = measure_perplexity(student, rows.held_out)
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
-    trainer_folder = folder / "trainer"
-    if trainer_folder.is_dir():
-        import shutil
-
-        shutil.rmtree(trainer_folder)
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
     dtype = getattr(torch, str(plan.config.dtype or "float32").removeprefix("torch."))
     student.to(dtype).save_pretrained(folder, max_shard_size=max_shard_bytes)
 
@@ -169,53 +167,21 @@ def _token_rows(
     length: int,
     seed: int,
 ) -> TokenRows:
-    """Calibration and held-out rows; ids given as a tensor are used as they are, the last eighth of rows held out."""
-    if isinstance(calibration, Tensor):
-        _check_ids(calibration, plan)
-        edge = len(calibration) - max(1, len(calibration) // 8)
-        if held_out is None and edge < 1:
-            raise ValueError("calibration needs at least 2 rows of token ids, because some are held out; got 1")
-        rows = TokenRows(calibration[:edge], calibration[edge:], "token ids")
-        rows = rows if held_out is None else replace(rows, calibration=calibration)
-        if held_out is None:
-            return rows
-    if isinstance(held_out, Tensor):
-        _check_ids(held_out, plan)
-        if isinstance(calibration, Tensor):
-            return replace(rows, held_out=held_out)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(plan.source)
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-
-    def draw(passages: list[str], count: int, order: int) -> Tensor:
-        def encode(text: str) -> list[int]:
-            # Passages are longer than a model's context, and are cut into rows afterwards: no warning of that.
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-        return draw_rows(passages, encode, separator, count, length, order)
-
-    if isinstance(calibration, Tensor):
-        return replace(rows, held_out=draw(sum(read_passages(held_out)[:2], []), num_tokens[1], 0))
-    fit, measure, origin = read_passages(calibration)
-    first = draw(fit, num_tokens[0], seed)
-    if isinstance(held_out, Tensor):
-        return TokenRows(first, held_out, origin)
+    """Rows to fit on and to measure on; the tokenizer is loaded only for text."""
+    fit, measure, origin = split_source(calibration)
     if held_out is not None:
-        measure = sum(read_passages(held_out)[:2], [])
-    # Always in the same order: results of several seeds are measured on the same tokens.
-    return TokenRows(first, draw(measure, num_tokens[1], 0), origin)
+        apart, more, _ = split_source(held_out)
+        fit, measure = join(fit, measure), join(apart, more)
 
+    def rows(source: Tensor | list[str], count: int, order: int) -> Tensor:
+        if isinstance(source, Tensor):
+            return check_ids(source, plan.config.vocab_size)
+        from transformers import AutoTokenizer
 
-def _check_ids(ids: Tensor, plan: ConversionPlan) -> None:
-    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2 or not len(ids):
-        raise ValueError(
-            f"token ids must be integers [rows, length >= 2]; got {tuple(ids.shape)} of {ids.dtype}"
-        )
-    if int(ids.min()) < 0 or int(ids.max()) >= plan.config.vocab_size:
-        raise ValueError(
-            f"token ids must be from 0 to {plan.config.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}"
-        )
+        return draw_rows(source, AutoTokenizer.from_pretrained(plan.source), count, length, order)
+
+    # Measured always in the same order: results of several seeds are of the same tokens.
+    return TokenRows(rows(fit, num_tokens[0], seed), rows(measure, num_tokens[1], 0), origin)
 
 
 def _check_length(plan: ConversionPlan, length: int) -> None:
