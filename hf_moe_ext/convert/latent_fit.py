@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Relative to the mean of the diagonal: far below any signal, far above the rounding of float64.
 _FLOOR = 1e-9
+_RANK_TOLERANCE = 1e-12
 
 
 def descend_subspace(second_moment: Tensor, importance: Tensor, latent_size: int) -> Tensor:
@@ -46,23 +47,30 @@ def leading_subspace(moment: Tensor, size: int) -> Tensor:
     return torch.linalg.eigh(moment).eigenvectors[:, -size:].flip(1).T.contiguous()
 
 
-def latent_input_weight(weight: Tensor, second_moment: Tensor, descend: Tensor) -> Tensor:
+def orthogonal_complement(descend: Tensor) -> Tensor:
+    """Orthonormal rows [H - R, H] of everything outside the subspace of P [R, H]; no row at R = H."""
+    return torch.linalg.qr(descend.T, mode="complete").Q[:, len(descend) :].T
+
+
+def latent_input_weight(weight: Tensor, second_moment: Tensor, descend: Tensor, complement: Tensor) -> Tensor:
     """Least squares of one expert's pre-activations on its latent inputs.
 
     Minimises trace((W - w P) C (W - w P)^T) over w; as a correction of W P^T:
-    w = W (P^T + (I - P^T P) C P^T (P C P^T)^-1).
+    w = W (P^T + Q^T (Q C P^T) (P C P^T)^-1), where Q is what P leaves out.
 
     Args:
         weight: W [F, H], the expert's first matrix (or its gate and up matrices stacked).
-        second_moment: C [H, H] of this expert's inputs, regular on the subspace.
+        second_moment: C [H, H] of this expert's inputs; may be singular.
         descend: P [R, H], orthonormal rows.
+        complement: Q [H - R, H], see `orthogonal_complement`.
 
     Returns:
         w [F, R].
     """
     seen = second_moment @ descend.T
-    outside = seen - descend.T @ (descend @ seen)
-    return weight @ (descend.T + torch.linalg.solve(descend @ seen, outside, left=False))
+    # Of the latent directions that no input had nothing can be learnt: no correction there.
+    inverse = torch.linalg.pinv(descend @ seen, rtol=_RANK_TOLERANCE, hermitian=True)
+    return weight @ descend.T + (weight @ complement.T) @ ((complement @ seen) @ inverse)
 
 
 def refit_output_weight(current: Tensor, residual: Tensor, gram: Tensor, ridge: float, fallback: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from hf_moe_ext.convert.latent_fit import (
     descend_subspace,
     latent_input_weight,
     leading_subspace,
+    orthogonal_complement,
     refit_output_weight,
     svd_projections,
 )
@@ -111,16 +112,19 @@ def fit_data(
             weighs: it decides for an expert the text hardly uses and vanishes for the others.
         num_sweeps: passes over the experts in step 3.
     """
-    num_experts = len(experts.gate_up_proj)
     inputs = tokens.inputs.double()
-    weight = tokens.weights.double().square()
     # Per token of an expert, so that `prior_tokens` of it can be added to any expert's sum.
-    average = (inputs * weight.sum(dim=1, keepdim=True)).T @ inputs / tokens.ids.numel()
+    squared = tokens.weights.double().square().sum(dim=1, keepdim=True)
+    average = (inputs * squared).T @ inputs / tokens.ids.numel()
     descend = descend_subspace(average, _importance(tokens, experts), latent_size)
     latent = inputs @ descend.T
-    gate_up = torch.stack(
-        [_fit_inputs(e, tokens, experts, inputs, descend, prior_tokens * average) for e in range(num_experts)]
-    )
+    complement = orthogonal_complement(descend)
+    gate_up = torch.empty(*experts.gate_up_proj.shape[:2], latent_size, dtype=torch.float64, device=inputs.device)
+    for expert, weight in enumerate(experts.gate_up_proj):
+        rows, shares = tokens.of_expert(expert)
+        own = inputs[rows]
+        moment = (own * shares.square()[:, None]).T @ own + prior_tokens * average
+        gate_up[expert] = latent_input_weight(weight.double(), moment, descend, complement)
     fitted = GatedExperts(gate_up, experts.down_proj, experts.activation)
     down, predicted = _fit_outputs(tokens, fitted, latent, prior_tokens, num_sweeps)
     ascend = leading_subspace(predicted.T @ predicted, latent_size).T.contiguous()
@@ -135,15 +139,6 @@ def _importance(tokens: RoutedTokens, experts: GatedExperts) -> Tensor:
         first = weight.double()
         total += tokens.of_expert(expert)[1].square().sum() * (first.T @ first)
     return total
-
-
-def _fit_inputs(
-    expert: int, tokens: RoutedTokens, experts: GatedExperts, inputs: Tensor, descend: Tensor, prior: Tensor
-) -> Tensor:
-    rows, weight = tokens.of_expert(expert)
-    own = inputs[rows]
-    moment = (own * weight.square()[:, None]).T @ own + prior
-    return latent_input_weight(experts.gate_up_proj[expert].double(), moment, descend)
 
 
 def _fit_outputs(
