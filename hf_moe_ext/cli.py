@@ -163,7 +163,7 @@ def convert_to_dcca(
     ] = "data",
     tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65_536,
     held_out_tokens: Annotated[int, typer.Option(help="Tokens to measure on at most.")] = 16_384,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per row of text.")] = 512,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per row of text. [default: 512]")] = None,
     distill_steps: Annotated[int, typer.Option(help="Steps of distillation from the source; 0: none.")] = 0,
     distill_learning_rate: Annotated[float, typer.Option(help="Its peak learning rate.")] = 5e-4,
     distill_batch_rows: Annotated[int, typer.Option(help="Rows of text per step.")] = 4,

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -242,8 +241,3 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
             shutil.copyfile(path, target / name)
             copied.append(name)
     return copied
-
-
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another floating type; integers are left alone."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

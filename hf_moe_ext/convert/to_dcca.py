@@ -44,7 +44,7 @@ def to_dcca(
     method: Literal["data", "svd"] = "data",
     num_tokens: int = 65_536,
     num_held_out_tokens: int = 16_384,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     distillation: DistillationSettings | None = None,
     expert_gated: bool = True,
     expert_intermediate_size: int | None = None,
@@ -72,7 +72,7 @@ def to_dcca(
         method: "data", or "svd": the data-free baseline.
         num_tokens: calibration tokens at most.
         num_held_out_tokens: tokens to measure on at most.
-        sequence_length: tokens per row of text.
+        sequence_length: tokens per row of text; None: 512, or the model's longest if that is less.
         distillation: settings of a short distillation on the calibration rows; None: none.
         expert_gated: only True can be represented.
         expert_intermediate_size: only the source's own can be represented.
@@ -100,11 +100,11 @@ def to_dcca(
         if isinstance(value, bool) or not isinstance(value, int) or value < 2:
             raise ValueError(f"{name} must be an integer of at least 2; got {value!r}")
     plan = plan_conversion(model, layers, latent_size, ratio, expert_gated, expert_intermediate_size)
-    _check_length(plan, sequence_length)
+    length = _choose_length(plan, sequence_length)
     steps = distillation or DistillationSettings()
     steps.check()
     reader = CheckpointReader(plan.source)
-    rows = _token_rows(plan, calibration, held_out, (num_tokens, num_held_out_tokens), sequence_length, seed)
+    rows = _token_rows(plan, calibration, held_out, (num_tokens, num_held_out_tokens), length, seed)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = ConversionReport(
         source=str(model),
@@ -184,9 +184,12 @@ def _token_rows(
     return TokenRows(rows(fit, num_tokens[0], seed), rows(measure, num_tokens[1], 0), origin)
 
 
-def _check_length(plan: ConversionPlan, length: int) -> None:
+def _choose_length(plan: ConversionPlan, length: int | None) -> int:
     longest = plan.config.max_position_embeddings
+    if length is None:
+        return min(512, longest)
     if isinstance(length, bool) or not isinstance(length, int) or not 2 <= length <= longest:
         raise ValueError(
             f"sequence_length must be from 2 to the model's max_position_embeddings={longest}; got {length!r}"
         )
+    return length

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -34,17 +35,25 @@ def held_out_rows() -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory, train_rows: Tensor) -> Path:
-    """Folder of the trained model with a tokenizer, as the stock class saves it."""
-    folder = tmp_path_factory.mktemp("source")
+def source(tmp_path_factory: pytest.TempPathFactory, worker_id: str, train_rows: Tensor) -> Path:
+    """Folder of the trained model with a tokenizer, as the stock class saves it; trained once for all workers."""
+    if worker_id == "master":
+        return train_source(tmp_path_factory.mktemp("source"), train_rows)
+    shared = tmp_path_factory.getbasetemp().parent / "convert_source"
+    with FileLock(f"{shared}.lock"):
+        return shared / "model" if (shared / "model").is_dir() else train_source(shared, train_rows)
+
+
+def train_source(folder: Path, train_rows: Tensor) -> Path:
+    """Train with the plain Trainer and save in one move."""
     model = zoo.build("olmoe", num_hidden_layers=3)
     rows: Any = [{"input_ids": row, "labels": row} for row in train_rows]
     arguments = TrainingArguments(
-        **{"output_dir": str(folder / "run"), "max_steps": 150, "per_device_train_batch_size": 16},
+        **{"output_dir": str(folder / "run"), "max_steps": 100, "per_device_train_batch_size": 8},
         **{"learning_rate": 4e-3, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True},
         **{"dataloader_pin_memory": False, "seed": 0},
     )
     Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator).train()
-    model.save_pretrained(folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
-    return folder / "model"
+    model.save_pretrained(folder / "staging")
+    build_tokenizer().save_pretrained(folder / "staging")
+    return (folder / "staging").rename(folder / "model")
