@@ -81,7 +81,8 @@ def print_report(report: ConversionReport, console: "Console") -> None:
     """The table of the layers, then the perplexities."""
     from rich.table import Table
 
-    table = Table(title=f"{report.source} to DCCA, latent size {report.settings['latent_size']}")
+    console.print(f"{report.source} to DCCA, latent size {report.settings['latent_size']}", soft_wrap=True)
+    table = Table()
     for heading in ("layer", "output error", "hidden error", "fewest tokens", "unused experts"):
         table.add_column(heading, justify="right")
     for row in report.layers:
@@ -94,9 +95,9 @@ def print_report(report: ConversionReport, console: "Console") -> None:
         line += f", distilled {report.perplexity_distilled:.4g}"
     if report.recovered_fraction is not None:
         line += f" ({report.recovered_fraction:.0%} of the gap recovered)"
-    console.print(line)
+    console.print(line, soft_wrap=True)
     memory = "" if report.peak_memory_bytes is None else f", peak memory {report.peak_memory_bytes / 2**30:.2f} GiB"
     console.print(
         f"parameters {report.num_parameters_source:,} -> {report.num_parameters:,}; {report.seconds:.0f} s{memory}"
     )
-    console.print(f"written to {report.output}")
+    console.print(f"written to {report.output}", soft_wrap=True)

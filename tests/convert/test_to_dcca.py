@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_moe_ext import MixtralExtForCausalLM, OlmoeExtForCausalLM
 from hf_moe_ext.convert import to_dcca
 from hf_moe_ext.convert.conversion_report import ConversionReport
-from hf_moe_ext.convert.distillation import measure_perplexity
+from hf_moe_ext.convert.distillation import distillation_loss, measure_perplexity
 from support import zoo
 
 
@@ -62,9 +62,11 @@ def test_mixtral_in_shards(tmp_path: Path, dtype: torch.dtype) -> None:
     assert {p.dtype for p in converted.parameters()} == {dtype}
     assert report.num_parameters == converted.num_parameters()
     assert report.num_parameters_source == model.num_parameters()
+    with torch.no_grad():
+        found, wanted = converted(input_ids=ids).logits, model(input_ids=ids).logits
     # bfloat16: every new weight is rounded to 8 bits, and so are the sums, so only the size of the error is held.
-    largest = 1e-5 if dtype == torch.float32 else 0.05 * float(model(input_ids=ids).logits.abs().max())
-    torch.testing.assert_close(converted(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=largest)
+    largest = 1e-5 if dtype == torch.float32 else 0.05 * float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=largest)
 
 
 def test_folder_opens_and_says_what_it_is(source: Path, rows: Tensor, tmp_path: Path) -> None:
@@ -97,25 +99,29 @@ def test_folder_opens_and_says_what_it_is(source: Path, rows: Tensor, tmp_path: 
 def test_error_falls_with_the_width_and_beats_svd_on_held_out_text(
     source: Path, rows: Tensor, held_out_rows: Tensor, tmp_path: Path
 ) -> None:
-    def convert(**settings: Any) -> ConversionReport:
-        return to_dcca(source, tmp_path / "out", rows, held_out=held_out_rows, overwrite=True, **settings)
+    wanted = logits(source, held_out_rows)
 
-    data = [convert(ratio=ratio) for ratio in (0.25, 0.5, 0.75, 1.0)]
-    svd = [convert(ratio=ratio, method="svd") for ratio in (0.25, 0.5, 0.75)]
-    assert [r.settings["latent_size"] for r in data] == [8, 16, 24, 32]
-    for reports in (data, svd):
+    def convert(ratio: float, method: Any = "data") -> tuple[ConversionReport, float]:
+        settings: dict[str, Any] = {"held_out": held_out_rows, "overwrite": True, "ratio": ratio, "method": method}
+        report = to_dcca(source, tmp_path / "out", rows, **settings)
+        return report, float(distillation_loss(logits(tmp_path / "out", held_out_rows), wanted))
+
+    data = [convert(ratio) for ratio in (0.25, 0.5, 0.75, 1.0)]
+    svd = [convert(ratio, "svd") for ratio in (0.25, 0.5, 0.75)]
+    assert [report.settings["latent_size"] for report, _ in data] == [8, 16, 24, 32]
+    for results in (data, svd):
         for layer in range(3):
-            falling = [r.layers[layer].relative_hidden_error for r in reports]
+            falling = [report.layers[layer].relative_hidden_error for report, _ in results]
             assert falling == sorted(falling, reverse=True), layer
-        perplexities = [r.perplexity_converted for r in reports]
-        assert perplexities == sorted(perplexities, reverse=True)
+        # Divergence from the source, not perplexity: of a model so small some conversions predict better than it does.
+        divergences = [divergence for _, divergence in results]
+        assert divergences == sorted(divergences, reverse=True)
     # The first layer has nothing to make up for, so its own error counts; later ones are judged by where they lead.
-    first = [r.layers[0].relative_output_error for r in data]
+    first = [report.layers[0].relative_output_error for report, _ in data]
     assert first == sorted(first, reverse=True)
-    for fitted, blind in zip(data, svd, strict=False):
+    for (fitted, near), (blind, far) in zip(data, svd, strict=False):
         assert all(a < 0.8 * b for a, b in zip(errors(fitted), errors(blind), strict=True))
-        gap = fitted.perplexity_converted - fitted.perplexity_source
-        assert gap < 0.8 * (blind.perplexity_converted - blind.perplexity_source)
+        assert near < 0.8 * far
 
 
 def test_fitting_in_sequence_beats_fitting_apart(
@@ -128,7 +134,6 @@ def test_fitting_in_sequence_beats_fitting_apart(
     together, apart = convert(True), convert(False)
     assert errors(together)[0] == pytest.approx(errors(apart)[0], rel=1e-6)
     assert all(a < b for a, b in zip(errors(together)[1:], errors(apart)[1:], strict=True))
-    assert together.perplexity_converted < apart.perplexity_converted
 
 
 def test_chosen_layers_and_then_the_rest(source: Path, rows: Tensor, tmp_path: Path) -> None:
