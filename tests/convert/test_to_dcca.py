@@ -64,9 +64,11 @@ def test_mixtral_in_shards(tmp_path: Path, dtype: torch.dtype) -> None:
     assert report.num_parameters_source == model.num_parameters()
     with torch.no_grad():
         found, wanted = converted(input_ids=ids).logits, model(input_ids=ids).logits
-    # bfloat16: every new weight is rounded to 8 bits, and so are the sums, so only the size of the error is held.
-    largest = 1e-5 if dtype == torch.float32 else 0.05 * float(wanted.abs().max())
-    torch.testing.assert_close(found, wanted, rtol=0, atol=largest)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    else:
+        # Weights and sums are rounded to 8 bits, which sends a few tokens to another expert: only the whole is held.
+        assert float((found - wanted).float().square().sum() / wanted.float().square().sum()) < 2e-3
 
 
 def test_folder_opens_and_says_what_it_is(source: Path, rows: Tensor, tmp_path: Path) -> None:
@@ -189,6 +191,7 @@ def test_a_failure_leaves_nothing(source: Path, rows: Tensor, tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_under_the_final_name(source: Path, rows: Tensor, tmp_path: Path) -> None:
     torch.save(rows.repeat(4, 1), tmp_path / "rows.pt")
     code = (
