@@ -265,6 +265,13 @@ def test_other_sizes_where_the_user_asked_for_them(tmp_path):
     assert model.model.layers[0].mlp.descend.weight.shape == (16, 32)
 
 
+def test_a_checkpoint_without_any_layer_is_not_taken_for_another_block():
+    model = make_model("olmoe_ext", "ungated")
+    head = {"lm_head.weight": model.lm_head.weight.detach()}
+    again = OlmoeExtForCausalLM.from_pretrained(None, config=model.config, state_dict=head)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 @every_model
 def test_a_latent_that_is_not_finite_names_its_layer(family):
     model = make_model(family, "full")
