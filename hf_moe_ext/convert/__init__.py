@@ -6,6 +6,7 @@ memory, and writes a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
 """
 
 # Here and now, not on first use: a module of the same name, imported by itself, would otherwise stand in its place.
+from hf_moe_ext.convert.distillation import DistillationSettings
 from hf_moe_ext.convert.to_dcca import to_dcca
 
-__all__ = ["to_dcca"]
+__all__ = ["DistillationSettings", "to_dcca"]

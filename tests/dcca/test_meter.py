@@ -15,6 +15,7 @@ from hf_moe_ext.scaling import cost
 from support import expert_exchange as work
 from support import traffic_ranks, zoo
 from support.namespaces import joined_namespaces
+from support.latent_models import make_model
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -125,6 +126,25 @@ def test_bytes_shrink_with_the_width_alone(tmp_path):
         model.config.n_group = model.config.topk_group = 1
         folders.append(tmp_path / str(latent))
         model.save_pretrained(folders[-1])
+    for full, narrow in run_ranks(traffic_ranks.metered_widths, 2, folders):
+        for name in work.BOTH:
+            assert narrow[name]["payload"] * 4 == full[name]["payload"] > 0
+            assert narrow[name]["metadata"] == full[name]["metadata"] > 0
+
+
+def test_dcca_moves_r_times_the_bytes_of_the_standard_block(tmp_path):
+    """Equal expert parameters, the same router and rows: payload exactly R / H, metadata as before."""
+    folders, standard = [], None
+    for block in ("standard", "ungated"):
+        model = make_model("olmoe_ext", block, dtype=torch.float64, num_hidden_layers=1)
+        if standard is None:
+            standard = model
+        else:  # what stands before the experts of the only layer
+            shared = {n: t for n, t in standard.state_dict().items() if ".experts." not in n}
+            assert not model.load_state_dict(shared, strict=False).unexpected_keys
+        folders.append(tmp_path / block)
+        model.save_pretrained(folders[-1])
+    assert abs(model.num_parameters() - standard.num_parameters()) == 2 * 8 * 32  # descend and ascend
     for full, narrow in run_ranks(traffic_ranks.metered_widths, 2, folders):
         for name in work.BOTH:
             assert narrow[name]["payload"] * 4 == full[name]["payload"] > 0
