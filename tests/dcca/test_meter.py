@@ -14,8 +14,8 @@ from hf_moe_ext.dcca.meter import KEYS, TrafficMeter
 from hf_moe_ext.scaling import cost
 from support import expert_exchange as work
 from support import traffic_ranks, zoo
-from support.namespaces import joined_namespaces
 from support.latent_models import make_model
+from support.namespaces import joined_namespaces
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
