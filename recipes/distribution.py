@@ -4,10 +4,10 @@ import torch
 from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import SaveStrategy
 
-from finetune_arguments import Arguments, ModelArguments, UserError
+from finetune_arguments import FinetuneTrainingArguments, LayoutArguments, UserError
 
 
-def build_distributed_config(arguments: ModelArguments, num_processes: int) -> DistributedConfig | None:
+def build_distributed_config(arguments: LayoutArguments, num_processes: int) -> DistributedConfig | None:
     """The layout of the model; None for a model that every process holds whole.
 
     A `--fsdp_size` left out takes the processes that `--tp_size` leaves: each of those groups reads its own rows.
@@ -37,25 +37,28 @@ def build_distributed_config(arguments: ModelArguments, num_processes: int) -> D
             f"--ep_size {ep_size} must divide the number of processes, which is {num_processes}, and be a multiple of "
             f"--tp_size, which is {tp_size}. Start more with `accelerate launch --num_processes`, or change the sizes."
         )
-    return DistributedConfig(fsdp_size=fsdp_size, ep_size=ep_size, tp_size=tp_size) if num_processes > 1 else None
+    if num_processes == 1:
+        return None
+    chosen = {} if arguments.ep_implementation is None else {"ep_implementation": arguments.ep_implementation}
+    return DistributedConfig(fsdp_size=fsdp_size, ep_size=ep_size, tp_size=tp_size, **chosen)
 
 
-def check_distribution(arguments: Arguments, num_processes: int) -> None:
+def check_distribution(layout: LayoutArguments, training: FinetuneTrainingArguments, num_processes: int) -> None:
     """Refuse a layout that cannot train here.
 
     Raises:
         UserError: See `build_distributed_config`; checkpoints to resume from; tensor parallelism on CPU.
     """
-    config = build_distributed_config(arguments.model, num_processes)
+    config = build_distributed_config(layout, num_processes)
     if config is None:
         return
-    strategy = SaveStrategy(arguments.training.save_strategy)
+    strategy = SaveStrategy(training.save_strategy)
     if strategy != SaveStrategy.NO:
         raise UserError(
             f"--save_strategy {strategy.value}: Transformers cannot resume a model spread by "
-            "--fsdp_size, --ep_size or --tp_size. Give --save_strategy no; the adapter is saved at the end."
+            "--fsdp_size, --ep_size or --tp_size. Give --save_strategy no; what was trained is saved at the end."
         )
-    if (config.tp_size or 1) > 1 and (arguments.training.use_cpu or not torch.accelerator.is_available()):
+    if (config.tp_size or 1) > 1 and (training.use_cpu or not torch.accelerator.is_available()):
         raise UserError(
             f"--tp_size {config.tp_size}: accelerate has no tensor parallelism for CPU processes. Use --fsdp_size or "
             "--ep_size, or train on accelerators."
