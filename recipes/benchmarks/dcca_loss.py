@@ -13,12 +13,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from cells import RECIPES, Cell, run_cells
 from dcca_presets import LossPreset
+from step_cost import time_steps, training_step
+from transformers import AutoModelForCausalLM
 
 from built_in_data import split_train_modules
-from pretrain_data import Texts
 from pretrain import measure_ngram
+from pretrain_arguments import parse_pretrain_arguments
+from pretrain_data import Texts
+from pretrain_model import build_config
 from quickstart.corpus import read_corpus
 
 STANDARD, DCCA = "standard", "dcca r=1/4"
@@ -33,15 +38,20 @@ def list_arms(preset: LossPreset) -> dict[str, tuple[str, ...]]:
     quarter = (*dcca, "--moe_latent_size", str(hidden_size // 4))
     # As many parameters as one expert, in a form of two matrices.
     shared = str(3 * preset.intermediate_size // 2)
-    return {
+    half = str(preset.top_k // 2)
+    main = {
         STANDARD: ("--moe_block", "standard"),
         DCCA: quarter,
+        f"standard top-{half}": ("--moe_block", "standard", "--num_experts_per_tok", half),
+    }
+    if not preset.all_variants:
+        return main
+    return main | {
         "dcca r=1/2": (*dcca, "--moe_latent_size", str(hidden_size // 2)),
         "dcca r=1/8": (*dcca, "--moe_latent_size", str(hidden_size // 8)),
         "dcca r=1/4, latent norm": (*quarter, "--moe_latent_norm", "true"),
         "dcca r=1/4, shared expert": (*quarter, "--moe_shared_expert_intermediate_size", shared),
         "dcca r=1/4, gated experts": (*quarter, "--moe_expert_gated", "true"),
-        f"standard top-{preset.top_k // 2}": ("--moe_block", "standard", "--num_experts_per_tok", str(preset.top_k // 2)),
     }
 
 
@@ -207,6 +217,56 @@ def loss_at_step(curve: list[list[float]], step: float) -> float:
     raise ValueError(f"step must lie on the curve, from {curve[0][0]} to {curve[-1][0]}, got {step}")
 
 
+def compare_equal_times(preset: LossPreset, loss: dict[str, Any] | None) -> dict[str, Any]:
+    """Step times of three arms on one process, in turns, and the losses after equal times.
+
+    Args:
+        preset: Sizes.
+        loss: The `loss` part.
+
+    Raises:
+        RuntimeError: there is no `loss` part yet.
+    """
+    if loss is None:
+        raise RuntimeError("the curves are missing: run --part loss first")
+    smaller = f"standard top-{preset.top_k // 2}"
+    seconds = time_arms(preset, (STANDARD, DCCA, smaller))
+    # The last evaluation at which the learning rate has not begun to come down.
+    last_step = (preset.max_steps - preset.num_decay_steps) // preset.eval_steps * preset.eval_steps
+    return {
+        "step_seconds": {arm: quartiles(values) for arm, values in seconds.items()},
+        "ratios": {
+            f"{mine} / {theirs}": quartiles([a / b for a, b in zip(seconds[mine], seconds[theirs], strict=True)])
+            for mine, theirs in ((DCCA, STANDARD), (DCCA, smaller))
+        },
+        "comparisons": [
+            compare_at_equal_time(
+                loss["arms"], {arm: statistics.median(seconds[arm]) for arm in pair}, pair, last_step
+            )
+            for pair in ((DCCA, STANDARD), (DCCA, smaller))
+        ],
+    }
+
+
+def time_arms(preset: LossPreset, names: tuple[str, ...]) -> dict[str, list[float]]:
+    """Seconds of a training step per arm and round, on one process and one thread, in turns."""
+    torch.set_num_threads(1)
+    models = {name: build_arm(preset, list_arms(preset)[name]) for name in names}
+    ids = torch.randint(3, preset.vocab_size, (preset.batch_size, preset.length))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(preset.num_time_rounds):
+        for name in names if number % 2 else reversed(names):
+            with training_step(models[name], {"input_ids": ids, "labels": ids}) as (step, _):
+                seconds[name].append(statistics.median(wall for wall, _ in time_steps(step, "cpu", 1, 3)))
+    return seconds
+
+
+def build_arm(preset: LossPreset, flags: tuple[str, ...]) -> Any:
+    """The untrained model of an arm, as `pretrain.py` builds it."""
+    words = [*common_flags(preset, Path("unused")), *flags, "--vocab_size", str(preset.vocab_size)]
+    return AutoModelForCausalLM.from_config(build_config(parse_pretrain_arguments(words)))
+
+
 def compare_at_equal_time(
     arms: dict[str, Any], seconds: dict[str, float], pair: tuple[str, str], last_step: int
 ) -> dict[str, Any]:
@@ -229,6 +289,12 @@ def compare_at_equal_time(
         "loss": {arm: statistics.mean(losses[arm]) for arm in pair},
         "difference": relative_difference(losses[pair[0]], losses[pair[1]]),
     }
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median, and the quartiles as its spread."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "low": low, "high": high}
 
 
 def slug(arm: str) -> str:
