@@ -39,7 +39,9 @@ class StepPreset:
     Rows are each rank's own.
     """
 
-    vocab_size: int = 256
+    vocab_size: int = 128
+    num_attention_heads: int = 2
+    head_dim: int = 32
     hidden_size: int = 1024
     intermediate_size: int = 256
     num_hidden_layers: int = 1
@@ -86,7 +88,7 @@ CPU4 = Preset()
 # One GPU: the step on one device, at OLMoE's width. No ranks, no link: those parts are for machines with several.
 GPU80 = Preset(
     step=StepPreset(
-        vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=4, latent_size=512,
+        vocab_size=50304, num_attention_heads=16, head_dim=128, hidden_size=2048, intermediate_size=1024, num_hidden_layers=4, latent_size=512,
         batch_size=4, length=2048, num_ranks=(1,), decode_ranks=(), link_ranks=0, device="cuda",
     )
 )  # fmt: skip

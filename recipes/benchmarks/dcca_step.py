@@ -41,7 +41,9 @@ def measure_step(preset: StepPreset, options: argparse.Namespace) -> dict[str, A
     results = {}
     with built_models(preset) as folders:
         for num_ranks in preset.num_ranks:
-            arms = list_arms(folders, options.implementations if num_ranks > 1 else [STOCK])
+            arms = list_arms(folders, options.implementations)
+            if num_ranks == 1:  # nothing is exchanged
+                arms = {block: {"model": folder, "implementation": None} for block, folder in folders.items()}
             print(f"step: {num_ranks} rank(s), {', '.join(arms)}", flush=True)
             job = {
                 "kind": "train", "arms": arms, "batch_size": preset.batch_size, "length": preset.length,
@@ -77,7 +79,8 @@ def measure_link(preset: StepPreset, options: argparse.Namespace) -> dict[str, A
         "num_ranks": preset.link_ranks,
         "tokens_per_rank": preset.link_batch_size * preset.length,
         "rate_bytes_per_s": rate,
-        "unlimited": {"step_s": min(pilot["seconds"][full]["step"]), "exchange_s": min(pilot["seconds"][full]["exchange"])},
+        "unlimited": {"step_s": min(pilot["seconds"][full]["step"]), "exchange_s": min(pilot["seconds"][full]["exchange"]),
+                      "wire_bytes": pilot["facts"][full]["wire_bytes"]},
         "full_width_share": share,
         "amdahl": 1 / (1 - share + share * width_ratio),
     }  # fmt: skip
@@ -205,7 +208,7 @@ def built_models(preset: StepPreset) -> Iterator[dict[str, str]]:
 
 
 def build_model(preset: StepPreset, block: str) -> Any:
-    """A model of the preset's shape with random weights; attention of four small heads."""
+    """A model of the preset's shape with random weights."""
     torch.manual_seed(0)
     keys: dict[str, Any] = {"moe_latent_size": preset.latent_size} if block == DCCA else {}
     config = MixtralExtConfig(
@@ -213,9 +216,9 @@ def build_model(preset: StepPreset, block: str) -> Any:
         hidden_size=preset.hidden_size,
         intermediate_size=preset.intermediate_size,
         num_hidden_layers=preset.num_hidden_layers,
-        num_attention_heads=4,
+        num_attention_heads=preset.num_attention_heads,
         num_key_value_heads=1,
-        head_dim=32,
+        head_dim=preset.head_dim,
         num_local_experts=preset.num_experts,
         num_experts_per_tok=preset.top_k,
         max_position_embeddings=4096,
