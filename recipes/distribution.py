@@ -39,8 +39,10 @@ def build_distributed_config(arguments: LayoutArguments, num_processes: int) -> 
         )
     if num_processes == 1:
         return None
-    chosen = {} if arguments.ep_implementation is None else {"ep_implementation": arguments.ep_implementation}
-    return DistributedConfig(fsdp_size=fsdp_size, ep_size=ep_size, tp_size=tp_size, **chosen)
+    config = DistributedConfig(fsdp_size=fsdp_size, ep_size=ep_size, tp_size=tp_size)
+    if arguments.ep_implementation is not None:
+        config.ep_implementation = arguments.ep_implementation
+    return config
 
 
 def check_distribution(layout: LayoutArguments, training: FinetuneTrainingArguments, num_processes: int) -> None:

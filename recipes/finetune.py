@@ -42,7 +42,14 @@ from finetune_model import (
 )
 from held_out import HeldOut, MeasureFirst, Measurement, read_measurement
 from hf_moe_ext import RouterLoadCallback, param_groups
-from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder, wants_resume
+from output_folder import (
+    check_hub_login,
+    check_output_folder,
+    claim_output_folder,
+    find_checkpoint,
+    push_folder,
+    wants_resume,
+)
 from quickstart.corpus import Corpus, read_corpus
 from quickstart.pretrain import REPORT_FILE, BaseSettings, build_base, find_base
 from reporting import (
@@ -293,9 +300,7 @@ def compare(held_out: HeldOut, before: Measurement, after: Measurement | None, s
     }
 
 
-def write_files(
-    arguments: Arguments, metrics: dict[str, Any], rows: Mapping[str, Sequence[Any]], clock: Clock
-) -> None:
+def write_files(arguments: Arguments, metrics: dict[str, Any], rows: Mapping[str, Sequence[Any]], clock: Clock) -> None:
     """Pictures, table of rows, card and metrics; then the push."""
     folder, pictures = arguments.output_dir, []
     if "after" in metrics["loss"]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -198,6 +198,16 @@ class Arguments:
         }
 
 
+class ReadsRows(Protocol):
+    """What reading rows needs of a recipe's arguments."""
+
+    @property
+    def data(self) -> SourceArguments: ...
+
+    @property
+    def training(self) -> TrainingArguments: ...
+
+
 class RecipeParser(HfArgumentParser):
     """Its mistakes are the recipe's own errors."""
 
@@ -262,7 +272,7 @@ def read_words(parser: RecipeParser, words: Sequence[str], default: Path | None)
         raise UserError(str(error)) from error
     if unknown:
         raise UserError(f"Unknown argument {unknown[0]}.{suggest(unknown[0], known)} See --help for every argument.")
-    return parsed, vars(namespace)
+    return list(parsed), dict(vars(namespace))
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:

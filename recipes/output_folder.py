@@ -21,13 +21,13 @@ class Run(Protocol):
     """What a recipe's arguments say about the folder of its run."""
 
     @property
-    def training(self) -> FinetuneTrainingArguments: ...  # noqa: D102
+    def training(self) -> FinetuneTrainingArguments: ...
 
     @property
-    def push_to_hub(self) -> bool: ...  # noqa: D102
+    def push_to_hub(self) -> bool: ...
 
     @property
-    def output_dir(self) -> Path: ...  # noqa: D102
+    def output_dir(self) -> Path: ...
 
     def describe(self) -> dict[str, Any]:
         """What makes a run this run and no other."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator, set_seed
@@ -144,7 +145,7 @@ def build_trainer(
         processing_class=tokenizer,
         preprocess_logits_for_metrics=sum_nats,
         # The loss that the Trainer reports holds the router's auxiliary loss too; this one does not.
-        compute_metrics=lambda prediction: {"nats_per_token": RowLosses(*prediction.predictions.T).mean},
+        compute_metrics=lambda prediction: {"nats_per_token": RowLosses(*np.asarray(prediction.predictions).T).mean},
     )
 
 

@@ -61,7 +61,8 @@ class PretrainDataArguments(SourceArguments):
         default=None, metadata={"help": "Folder of Python files in place of the standard library, for 'source'."}
     )
     tokenizer_name_or_path: str = field(
-        default=TRAINED, metadata={"help": "Tokenizer of the Hub or folder; 'trained': byte-level BPE of the train text."}
+        default=TRAINED,
+        metadata={"help": "Tokenizer of the Hub or folder; 'trained': byte-level BPE of the train text."},
     )
     tokenizer_vocab_size: int = field(
         default=4096, metadata={"help": "Entries of a trained tokenizer, the two special ones included."}

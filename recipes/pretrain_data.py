@@ -64,8 +64,8 @@ def read_texts(arguments: PretrainArguments) -> Texts:
                 "modules; both must be more than none. Give it more .py files, or leave it out."
             )
         return texts
-    corpus = read_corpus(data.source_dir) if data.dataset_name == "docstrings" else None
-    rows = load_rows(arguments, lambda: build_built_in(data, corpus))
+    source = read_corpus(data.source_dir) if data.dataset_name == "docstrings" else None
+    rows = load_rows(arguments, lambda: build_built_in(data, source))
     sides = {}
     for side, part in rows.items():
         if "messages" in part.column_names:

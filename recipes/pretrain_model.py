@@ -94,7 +94,9 @@ def build_model(config: Any, arguments: PretrainArguments) -> PreTrainedModel:
         folders[0] = tempfile.mkdtemp(prefix=".building-", dir=arguments.output_dir)
         AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folders[0])
     torch.distributed.broadcast_object_list(folders)
-    options = {} if config._experts_implementation is None else {"experts_implementation": config._experts_implementation}
+    options = (
+        {} if config._experts_implementation is None else {"experts_implementation": config._experts_implementation}
+    )
     try:
         model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=dtype, distributed_config=layout, **options)
     except (ValueError, ImportError) as error:

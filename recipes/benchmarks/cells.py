@@ -22,7 +22,9 @@ class Cell:
     script: str = "finetune.py"
 
 
-def run_cells(cells: Iterable[Cell], work_dir: Path, jobs: int, threads: int | None = None) -> dict[str, dict[str, Any]]:
+def run_cells(
+    cells: Iterable[Cell], work_dir: Path, jobs: int, threads: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Run the cells that have no metrics yet, several at a time; name -> metrics.
 
     Args:

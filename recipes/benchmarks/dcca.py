@@ -71,7 +71,9 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", default=[STOCK, OURS], help="ep_implementation of the arms.")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="Runs of `loss` at a time.")
     parser.add_argument("--nice", type=int, default=0, help="Lower priority; for `loss` beside other work.")
-    parser.add_argument("--source_dir", help="Python files for `loss` and `probe` to read, in place of the standard library.")
+    parser.add_argument(
+        "--source_dir", help="Python files for `loss` and `probe` to read, in place of the standard library."
+    )
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/dcca"))
     parser.add_argument("--card_dir", type=Path, default=Path("model_cards"))
     return parser.parse_args(words)

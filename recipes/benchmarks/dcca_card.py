@@ -150,7 +150,10 @@ def draw_speed(results: dict[str, Any], path: Path) -> None:
         for number, run in parts.get("step", {}).get("ranks", {}).items()
     ]
     panels += [
-        (f"{name}, {parts['link']['num_ranks']} ranks, {parts['link']['rate_bytes_per_s'] / 1e6:.1f} MB/s", parts["link"])
+        (
+            f"{name}, {parts['link']['num_ranks']} ranks, {parts['link']['rate_bytes_per_s'] / 1e6:.1f} MB/s",
+            parts["link"],
+        )
         for name, parts in results["runs"].items()
         if "arms" in parts.get("link", {})
     ]
@@ -194,7 +197,9 @@ def _loss(part: dict[str, Any]) -> str:
         tried = ", ".join(f"{value}: {loss:.4f}" for value, loss in rate["tried"].items())
         edge = rate["chosen"] in (min(rate["tried"], key=float), max(rate["tried"], key=float))
         warning = "; the best one lies at the edge of the grid" if edge else ""
-        lines.append(f"\nLearning rates of {name} (loss on the validation modules): {tried}; chosen {rate['chosen']}{warning}.")
+        lines.append(
+            f"\nLearning rates of {name} (loss on the validation modules): {tried}; chosen {rate['chosen']}{warning}."
+        )
     headline = arms[_HEADLINE]["difference"]
     verdict = "within" if meets_loss_limit(part) else "**beyond**"
     lines.append(
@@ -215,7 +220,9 @@ def _time(part: dict[str, Any]) -> str:
     for found in part["comparisons"]:
         cells = []
         for arm in found["arms"]:
-            cells.append(f"{arm} | {found['step_seconds'][arm]:.3f} | {found['steps'][arm]:.0f} | {found['loss'][arm]:.4f}")
+            cells.append(
+                f"{arm} | {found['step_seconds'][arm]:.3f} | {found['steps'][arm]:.0f} | {found['loss'][arm]:.4f}"
+            )
         lines.append(f"| {' | '.join(cells)} | {_difference(found['difference'])} |\n")
     lines += [f"\n- Step time {pair}: {_spread(value)}.\n" for pair, value in part["ratios"].items()]
     return "".join(lines)
@@ -287,7 +294,9 @@ def _bytes(part: dict[str, Any]) -> str:
     for number, arms in part["ranks"].items():
         for name, arm in arms.items():
             formula, measured = arm["formula"] or {}, arm["measured"]
-            cells = [_count(side.get(key)) for key in ("payload_bytes", "metadata_bytes") for side in (formula, measured)]
+            cells = [
+                _count(side.get(key)) for key in ("payload_bytes", "metadata_bytes") for side in (formula, measured)
+            ]
             lines.append(f"| {number} | {name} | {' | '.join(cells)} |\n")
     return "".join(lines)
 

@@ -6,6 +6,7 @@ that no arm is compared before its rate has come down with one whose rate has.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -72,7 +73,16 @@ def measure_loss(preset: LossPreset, options: argparse.Namespace) -> dict[str, A
     search = {
         (arm, rate): Cell(
             f"search-{slug(arm)}-{rate}",
-            (*common, *arms[arm], "--learning_rate", rate, "--seed", str(preset.search_seed), "--dataset_name", str(data)),
+            (
+                *common,
+                *arms[arm],
+                "--learning_rate",
+                rate,
+                "--seed",
+                str(preset.search_seed),
+                "--dataset_name",
+                str(data),
+            ),
             "pretrain.py",
         )
         for arm in (STANDARD, DCCA)
@@ -210,7 +220,7 @@ def loss_at_step(curve: list[list[float]], step: float) -> float:
     Raises:
         ValueError: the step lies outside the curve.
     """
-    for (a, low), (b, high) in zip(curve, curve[1:], strict=False):
+    for (a, low), (b, high) in itertools.pairwise(curve):
         if a <= step <= b:
             share = (math.log(step) - math.log(a)) / (math.log(b) - math.log(a))
             return low + share * (high - low)
@@ -240,9 +250,7 @@ def compare_equal_times(preset: LossPreset, loss: dict[str, Any] | None) -> dict
             for mine, theirs in ((DCCA, STANDARD), (DCCA, smaller))
         },
         "comparisons": [
-            compare_at_equal_time(
-                loss["arms"], {arm: statistics.median(seconds[arm]) for arm in pair}, pair, last_step
-            )
+            compare_at_equal_time(loss["arms"], {arm: statistics.median(seconds[arm]) for arm in pair}, pair, last_step)
             for pair in ((DCCA, STANDARD), (DCCA, smaller))
         ],
     }

@@ -22,7 +22,7 @@ class LossPreset:
     eval_steps: int = 60
     num_curve_rows: int = 96
     num_held_out_rows: int = 400
-    learning_rates: tuple[str, ...] = ("1e-3", "2e-3", "4e-3")
+    learning_rates: tuple[str, ...] = ("5e-4", "1e-3", "2e-3", "4e-3")
     search_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     num_variant_seeds: int = 3
@@ -110,4 +110,4 @@ PRESETS = {"cpu4": CPU4, "gpu80": GPU80, "smoke": SMOKE}
 
 def describe(preset: object) -> dict[str, object]:
     """A preset as JSON holds it."""
-    return dataclasses.asdict(preset)  # type: ignore[call-overload, no-any-return]
+    return dataclasses.asdict(preset)  # type: ignore[call-overload]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from dcca_loss import DCCA, slug
 from dcca_presets import Preset, ProbePreset
-from quickstart.corpus import read_corpus
-from quickstart.pretrain import cut_blocks
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_moe_ext  # noqa: F401  # every loader knows our model types after this
+from quickstart.corpus import read_corpus
+from quickstart.pretrain import cut_blocks
 
 
 def measure_probe(preset: Preset, options: argparse.Namespace) -> dict[str, Any]:

@@ -141,8 +141,8 @@ def formula_bytes(preset: StepPreset, block: str, implementation: str, num_ranks
         return None
     width = preset.latent_size if block == DCCA else preset.hidden_size
     exchange = Exchange(width, preset.num_experts, preset.top_k, num_ranks, element_bytes=FLOAT_BYTES)
-    sent = expect_sent(exchange, implementation, preset.batch_size * preset.length)  # type: ignore[arg-type]
-    each = layer_bytes(exchange, implementation, sent)  # type: ignore[arg-type]
+    sent = expect_sent(exchange, implementation, preset.batch_size * preset.length)
+    each = layer_bytes(exchange, implementation, sent)
     layers = preset.num_hidden_layers
     return {"payload_bytes": each.payload * layers, "metadata_bytes": each.metadata * layers}
 
@@ -175,9 +175,10 @@ def measure_on_device(preset: StepPreset) -> dict[str, Any]:
     profiles = {}
     with built_models(preset) as folders:
         models: dict[str, Any] = {
-            name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(preset.device)
-            for name, folder in folders.items()
+            name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16) for name, folder in folders.items()
         }
+        for model in models.values():
+            model.to(preset.device)
         ids = torch.randint(3, preset.vocab_size, (preset.batch_size, preset.length), device=preset.device)
         for number in range(preset.rounds + 1):
             for name in (STANDARD, DCCA) if number % 2 else (DCCA, STANDARD):

@@ -36,7 +36,11 @@ def test_the_interval_is_students_over_pairs() -> None:
 
 
 def test_losses_at_equal_time_are_read_from_the_curves() -> None:
-    log = [{"step": 10, "eval_nats_per_token": 4.0}, {"step": 10, "loss": 9.0}, {"step": 40, "eval_nats_per_token": 3.0}]
+    log = [
+        {"step": 10, "eval_nats_per_token": 4.0},
+        {"step": 10, "loss": 9.0},
+        {"step": 40, "eval_nats_per_token": 3.0},
+    ]
     curve = read_curve(log)
     assert curve == [[10, 4.0], [40, 3.0]]
     assert loss_at_step(curve, 20) == pytest.approx(3.5)
@@ -105,7 +109,10 @@ def test_the_rate_makes_all_to_all_the_wanted_share() -> None:
 
 def test_ratios_are_taken_within_a_round() -> None:
     a, b = f"standard, {STOCK}", f"dcca, {STOCK}"
-    seconds = {a: {"step": [1.0, 10.0, 4.0], "exchange": [0.4, 4.0, 1.6]}, b: {"step": [0.5, 5.0, 2.0], "exchange": [0.1] * 3}}
+    seconds = {
+        a: {"step": [1.0, 10.0, 4.0], "exchange": [0.4, 4.0, 1.6]},
+        b: {"step": [0.5, 5.0, 2.0], "exchange": [0.1] * 3},
+    }
     assert list_pairs(seconds) == [(b, a)]
     summary = summarize_step({"seconds": seconds, "facts": {a: {"exchanges": 5}}})
     assert summary["ratios"][f"step: {b} / {a}"] == {"low": 0.5, "median": 0.5, "high": 0.5}
@@ -124,7 +131,11 @@ def test_verdicts_hold_to_their_limits() -> None:
     ratios = {"step: dcca, all_to_all / standard, all_to_all": {"median": 0.5}}
     link = {"full_width_share": 0.85, "amdahl": 2.3, "ratios": ratios}
     assert list(dcca_card.judge_link(link).values()) == [True, True, True]
-    assert list(dcca_card.judge_link({**link, "amdahl": 2.36, "full_width_share": 0.91}).values()) == [False, True, False]
+    assert list(dcca_card.judge_link({**link, "amdahl": 2.36, "full_width_share": 0.91}).values()) == [
+        False,
+        True,
+        False,
+    ]
     difference = {"mean": 0.01, "low": 0.0, "high": 0.0199}
     assert dcca_card.meets_loss_limit({"arms": {"dcca r=1/4": {"difference": difference}}})
     assert not dcca_card.meets_loss_limit({"arms": {"dcca r=1/4": {"difference": {**difference, "high": 0.02}}}})
@@ -168,7 +179,9 @@ def test_namespaces_are_joined_limited_and_gone() -> None:
         assert lab.address(0) in said
         assert reached.returncode == 0 or b"not found" in reached.stderr
         lab.limit(1e6)
-        queue = subprocess.run([*lab.enter(0), "tc", "qdisc", "show"], capture_output=True, text=True, check=True).stdout
+        queue = subprocess.run(
+            [*lab.enter(0), "tc", "qdisc", "show"], capture_output=True, text=True, check=True
+        ).stdout
         assert "tbf" in queue
         assert "rate 8Mbit" in queue
         holders = lab.holders

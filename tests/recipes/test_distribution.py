@@ -36,8 +36,8 @@ def test_layouts(sizes: dict[str, int], processes: int, expected: tuple[int, ...
     ids=str,
 )
 def test_refused_layouts(flags: list[str], processes: int, words: list[str]) -> None:
+    arguments = parse_arguments(["--model_name_or_path=x", *flags])
     with pytest.raises(UserError) as error:
-        arguments = parse_arguments(["--model_name_or_path=x", *flags])
         check_distribution(arguments.model, arguments.training, processes)
     assert all(word in str(error.value) for word in words), str(error.value)
 

@@ -271,7 +271,9 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [["--ep_size=2"], ["--ep_size=2", "--ep_implementation=all_to_all"], ["--fsdp_size=2"]])
+@pytest.mark.parametrize(
+    "layout", [["--ep_size=2"], ["--ep_size=2", "--ep_implementation=all_to_all"], ["--fsdp_size=2"]]
+)
 def test_a_model_spread_over_two_processes_equals_one(
     layout: list[str], flags: list[str], run_script, tmp_path: Path
 ) -> None:
