@@ -1,8 +1,11 @@
 """The seams to other libraries: which of our modules loads after which top-level package is imported.
 
 The hooks sit on top-level packages only. On a submodule they would fire inside Transformers' own import cycle, where
-half of its names do not exist yet. A hook does nothing but import our feature module, which registers itself,
-idempotently, on its last line; so nothing is loaded that the user did not load, and the order of imports is free.
+half of its names do not exist yet: ``from transformers import OlmoeConfig`` imports the table of configurations in the
+middle of the module that defines that class. A hook does nothing but import our feature module, which registers itself,
+idempotently, on its last line; so the order of imports is free. What is registered for Transformers are configurations
+and the expert dispatch, which load what its ``AutoConfig`` loads too (torch, for one); the model classes wait for the
+first configuration that is made.
 """
 
 import importlib

@@ -141,7 +141,8 @@ class DccaMoeBlock(nn.Module):
         latent = self.experts(self.descend(tokens), index, weights)
         if not torch.compiler.is_compiling():
             # Read only once the loss is not finite, to name the layer; keeping it costs one pass and no wait.
-            self.last_latent_magnitude = torch.linalg.vector_norm(latent.detach(), dtype=torch.float32)
+            dtype = torch.promote_types(latent.dtype, torch.float32)
+            self.last_latent_magnitude = torch.linalg.vector_norm(latent.detach(), dtype=dtype)
         if hasattr(self, "latent_norm"):
             latent = self.latent_norm(latent)
         output = self.ascend(latent)
@@ -169,6 +170,7 @@ class DccaMoeBlock(nn.Module):
             gated=config.moe_expert_gated,
             initializer_range=config.initializer_range,
             combined_norm=norm,
+            norm_eps=config.rms_norm_eps,
         )
         first = "gate_up_proj" if config.moe_expert_gated else "up_proj"
         # Transformers' initialisation passes over any module of ours without weights of its own, such as the block.

@@ -66,6 +66,7 @@ def initial_scales(
     gated: bool,
     initializer_range: float,
     combined_norm: float | None = None,
+    norm_eps: float = 0.0,
 ) -> InitialScales:
     """The rule of this module.
 
@@ -79,11 +80,13 @@ def initial_scales(
         gated: whether the latent experts are gated.
         initializer_range: s.
         combined_norm: ``combined_weight_norm`` if a norm stands before ascend, else None.
+        norm_eps: epsilon of that norm; the combined latent starts small enough for it to count.
     """
     preactivation = initializer_range * sqrt(hidden_size)
     inner_standard = preactivation * activation_rms(act, preactivation)
     inner = activation_rms(expert_act, preactivation) * (preactivation if gated else 1.0)
     output = initializer_range * sqrt(intermediate_size) * inner_standard
     down = output / (sqrt(expert_intermediate_size) * inner)
-    ascend = (1.0 if combined_norm is None else output * combined_norm) / sqrt(latent_size)
+    normed = 1.0 if combined_norm is None else sqrt((output * combined_norm) ** 2 + norm_eps)
+    ascend = normed / sqrt(latent_size)
     return InitialScales(descend=1 / sqrt(hidden_size), up=preactivation / sqrt(latent_size), down=down, ascend=ascend)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralTopKRouter
@@ -99,7 +99,7 @@ class OlmoeExtModel(ChosenBlocks, OlmoeModel):
     router_class = OlmoeTopKRouter
 
 
-class OlmoeExtForCausalLM(ChosenBlocksForCausalLM, OlmoeForCausalLM):
+class OlmoeExtForCausalLM(ChosenBlocksForCausalLM, OlmoeForCausalLM, GenerationMixin):
     """``OlmoeForCausalLM`` with the blocks of its ``OlmoeExtConfig``."""
 
     config: OlmoeExtConfig
@@ -117,7 +117,7 @@ class MixtralExtModel(ChosenBlocks, MixtralModel):
     router_class = MixtralTopKRouter
 
 
-class MixtralExtForCausalLM(ChosenBlocksForCausalLM, MixtralForCausalLM):
+class MixtralExtForCausalLM(ChosenBlocksForCausalLM, MixtralForCausalLM, GenerationMixin):
     """``MixtralForCausalLM`` with the blocks of its ``MixtralExtConfig``."""
 
     config: MixtralExtConfig
@@ -145,6 +145,9 @@ def _name_latent(model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
             )
 
 
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
 def _refuse_other_blocks(model: Any, info: Any) -> None:
     """Raise if loading would leave weights of a MoE block at random, or drop some.
 
@@ -156,7 +159,9 @@ def _refuse_other_blocks(model: Any, info: Any) -> None:
         ValueError: naming the layers and the first such weight.
     """
     weight = re.compile(r"layers\.(\d+)\.mlp\..*(?:proj|weight)$")
-    missing = sorted(key for key in info.missing_keys if weight.search(key))
+    # A layer of which nothing was found (a truncated checkpoint, a state dict of the head) is Transformers' to report.
+    read = {found[1] for key in model.state_dict() if (found := _LAYER.search(key)) and key not in info.missing_keys}
+    missing = sorted(key for key in info.missing_keys if (found := weight.search(key)) and found[1] in read)
     mismatched = sorted(key for key in info.mismatched_keys if weight.search(key[0]))
     unexpected = sorted(key for key in info.unexpected_keys if weight.search(key))
     if not (missing or mismatched or unexpected):

@@ -1,0 +1,152 @@
+"""Tiny ``*_ext`` models, and the DCCA block written out with loops in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig
+from support.naive import largest
+from support.zoo import VOCAB_SIZE
+
+FAMILIES: dict[str, Any] = {"olmoe_ext": OlmoeExtConfig, "mixtral_ext": MixtralExtConfig}
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,  # the stock 0.02 makes a model this narrow almost linear
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts_per_tok": 3,
+}
+# The blocks a model may have; every key of the configuration is in one of them.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "ungated": {"moe_block": "dcca"},
+    "gated": {"moe_block": "dcca", "moe_expert_gated": True},
+    "full": {
+        "moe_block": "dcca",
+        "moe_latent_size": 16,
+        "moe_expert_intermediate_size": 24,
+        "moe_expert_act": "relu",
+        "moe_latent_norm": True,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "mixed": {"moe_block": ["standard", "dcca"]},
+}
+
+
+def make_config(family: str = "olmoe_ext", block: str = "ungated", **overrides: Any) -> Any:
+    """A tiny configuration of a family with the settings of ``BLOCKS[block]``."""
+    experts = "num_experts" if family == "olmoe_ext" else "num_local_experts"
+    return FAMILIES[family](**{**_COMMON, experts: 8, **BLOCKS[block], **overrides})
+
+
+def stock_settings(family: str) -> dict[str, Any]:
+    """The same settings for the stock configuration of ``olmoe`` or ``mixtral``."""
+    return {**_COMMON, "num_experts" if family == "olmoe" else "num_local_experts": 8}
+
+
+def make_model(
+    family: str = "olmoe_ext", block: str = "ungated", seed: int = 0, dtype: torch.dtype = torch.float32, **kw: Any
+) -> Any:
+    """A tiny random causal language model in eval mode; ``experts_implementation`` is "batched_mm" in float64."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    implementation = kw.pop("experts_implementation", "batched_mm" if dtype == torch.float64 else None)
+    chosen = {} if implementation is None else {"experts_implementation": implementation}
+    return AutoModelForCausalLM.from_config(make_config(family, block, **kw), dtype=dtype, **chosen).eval()
+
+
+@dataclass(frozen=True)
+class LatentBlock:
+    """The parameters of a ``DccaMoeBlock``; ``up`` [E, F, R], ``gate`` [E, F, R] or None, ``down`` [E, R, F]."""
+
+    router: Tensor
+    descend: Tensor
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    ascend: Tensor
+    act: Callable[[Tensor], Tensor]
+    top_k: int
+    normalize: bool
+    norm_weight: Tensor | None
+    norm_eps: float
+    shared: tuple[Tensor, ...]
+
+    @classmethod
+    def read(cls, block: nn.Module, config: Any) -> LatentBlock:
+        """Read a block's parameters."""
+        experts: Any = block.experts
+        gate, up = None, getattr(experts, "up_proj", None)
+        if up is None:
+            width = experts.down_proj.shape[2]
+            gate, up = experts.gate_up_proj[:, :width], experts.gate_up_proj[:, width:]
+        norm = getattr(block, "latent_norm", None)
+        shared: tuple[Tensor, ...] = ()
+        if hasattr(block, "shared_expert"):
+            names = ("gate_proj", "up_proj", "down_proj") if config.moe_expert_gated else ("up_proj", "down_proj")
+            shared = tuple(getattr(block.shared_expert, name).weight for name in names)
+        return cls(
+            router=block.gate.weight,
+            descend=block.descend.weight,
+            up=up,
+            gate=gate,
+            down=experts.down_proj,
+            ascend=block.ascend.weight,
+            act=experts.act_fn,
+            top_k=config.num_experts_per_tok,
+            normalize=getattr(config, "norm_topk_prob", True),
+            norm_weight=None if norm is None else norm.weight,
+            norm_eps=config.rms_norm_eps,
+            shared=shared,
+        )
+
+    def expert(self, i: int, z: Tensor) -> Tensor:
+        """E_i(z), [latent]."""
+        inner = self.up[i] @ z
+        inner = self.act(inner) if self.gate is None else self.act(self.gate[i] @ z) * inner
+        return self.down[i] @ inner
+
+
+def latent_moe_block(hidden: Tensor, block: LatentBlock, ascend_first: bool = False) -> Tensor:
+    """Token by token, expert by expert (arXiv 2502.16927, section 3).
+
+    Args:
+        hidden: [tokens, hidden], float64.
+        block: from ``LatentBlock.read``.
+        ascend_first: ascend each expert's output and combine then; equal, because ascend is linear (no latent norm).
+    """
+    rows = []
+    for x in hidden:
+        probs = torch.softmax(block.router @ x, dim=-1)
+        chosen = largest(probs, block.top_k)
+        weights = torch.stack([probs[i] for i in chosen])
+        if block.normalize:
+            weights = weights / weights.sum()
+        z = block.descend @ x
+        outputs = [w * block.expert(i, z) for i, w in zip(chosen, weights, strict=True)]
+        if ascend_first:
+            y = sum((block.ascend @ output for output in outputs), torch.zeros_like(x))
+        else:
+            u = torch.stack(outputs).sum(0)
+            if block.norm_weight is not None:
+                u = block.norm_weight * u / torch.sqrt((u**2).mean() + block.norm_eps)
+            y = block.ascend @ u
+        if block.shared:
+            *first, down = block.shared
+            inner = block.act(first[0] @ x) if len(first) == 1 else block.act(first[0] @ x) * (first[1] @ x)
+            y = y + down @ inner
+        rows.append(y)
+    return torch.stack(rows)
