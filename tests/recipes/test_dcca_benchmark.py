@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
-import dcca  # noqa: E402  # after the path is set
 import dcca_card  # noqa: E402
 from dcca_loss import compare_at_equal_time, list_arms, loss_at_step, read_curve, relative_difference  # noqa: E402
 from dcca_presets import CPU4, PRESETS, SMOKE, ProbePreset, StepPreset  # noqa: E402
 from dcca_probe import collect, fit_probe  # noqa: E402
 from dcca_step import STOCK, build_model, built_models, choose_rate, list_pairs, summarize_step  # noqa: E402
-from network_namespaces import find_obstacle, make_lab  # noqa: E402
+from network_namespaces import INTERFACE, Lab, find_obstacle, make_lab  # noqa: E402
+
+import dcca  # noqa: E402  # after the path is set
 
 
 def test_the_interval_is_students_over_pairs() -> None:
@@ -173,17 +174,13 @@ def test_namespaces_are_joined_limited_and_gone() -> None:
     if (obstacle := find_obstacle()) is not None:
         pytest.skip(obstacle)
     with make_lab(2) as lab:
-        reached = subprocess.run([*lab.enter(0), "ping", "-c", "1", "-W", "5", lab.address(1)], capture_output=True)
-        listening = [*lab.enter(0), "ip", "-brief", "address"]
-        said = subprocess.run(listening, capture_output=True, text=True, check=True).stdout
-        assert lab.address(0) in said
-        assert reached.returncode == 0 or b"not found" in reached.stderr
+        assert _send(lab, 1000) == 1000
         lab.limit(1e6)
-        queue = subprocess.run(
-            [*lab.enter(0), "tc", "qdisc", "show"], capture_output=True, text=True, check=True
-        ).stdout
-        assert "tbf" in queue
+        shown = [*lab.enter(0), "tc", "qdisc", "show", "dev", INTERFACE]
+        queue = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+        assert queue.startswith("qdisc tbf")
         assert "rate 8Mbit" in queue
+        assert _send(lab, 1_000_000) == 1_000_000
         holders = lab.holders
     assert not [pid for pid in holders if Path(f"/proc/{pid}").exists()]
 
@@ -206,6 +203,20 @@ def test_a_killed_benchmark_leaves_no_namespace() -> None:
     while any(_runs(pid) for pid in holders) and time.monotonic() < end:
         time.sleep(0.05)
     assert not [pid for pid in holders if _runs(pid)]
+
+
+def _send(lab: Lab, count: int) -> int:
+    """Bytes that arrive in the second rank's namespace of those sent from the first's."""
+    place = f"('{lab.address(1)}', 5000)"
+    serve = f"import socket; s = socket.create_server({place}); print('ready', flush=True); c, _ = s.accept(); "
+    serve += "print(len(c.makefile('rb').read()))"
+    send = f"import socket; c = socket.create_connection({place}); c.sendall(bytes({count})); c.close()"
+    server = subprocess.Popen([*lab.enter(1), sys.executable, "-c", serve], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    subprocess.run([*lab.enter(0), sys.executable, "-c", send], check=True)
+    arrived, _ = server.communicate(timeout=60)
+    return int(arrived)
 
 
 def _runs(pid: int) -> bool:
