@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hf_moe_ext import registry
 
 if TYPE_CHECKING:
+    from hf_moe_ext.dcca.meter import TrafficMeter
+    from hf_moe_ext.dcca.traffic_callback import TrafficCallback
     from hf_moe_ext.models import MixtralExtConfig, MixtralExtForCausalLM, OlmoeExtConfig, OlmoeExtForCausalLM
+    from hf_moe_ext.models.distribution import check_distribution
     from hf_moe_ext.perft import PerftConfig, PerftModel
     from hf_moe_ext.perft.calibration import choose_experts_to_adapt
     from hf_moe_ext.perft.groups import param_groups
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "TrafficCallback": "hf_moe_ext.dcca.traffic_callback",
+    "TrafficMeter": "hf_moe_ext.dcca.meter",
     "MixtralExtConfig": "hf_moe_ext.models",
     "MixtralExtForCausalLM": "hf_moe_ext.models",
     "OlmoeExtConfig": "hf_moe_ext.models",
@@ -28,6 +33,7 @@ _EXPORTS = {
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
+    "check_distribution": "hf_moe_ext.models.distribution",
     "choose_experts_to_adapt": "hf_moe_ext.perft.calibration",
     "count_trainable": "hf_moe_ext.perft.report",
     "param_groups": "hf_moe_ext.perft.groups",
@@ -41,7 +47,10 @@ __all__ = [
     "PerftConfig",
     "PerftModel",
     "RouterLoadCallback",
+    "TrafficCallback",
+    "TrafficMeter",
     "__version__",
+    "check_distribution",
     "choose_experts_to_adapt",
     "count_trainable",
     "param_groups",

@@ -1,6 +1,7 @@
 """The ``hf-moe`` command. Every command imports its feature inside, so that ``--help`` and ``--version`` stay quick."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -122,6 +123,49 @@ def doctor(
     raise typer.Exit(0 if diagnosis.ok else 1)
 
 
+@app.command(short_help="Bytes that expert parallelism sends, by formula and measured.", context_settings=_CONTEXT)
+def traffic(
+    config: Annotated[str, typer.Option(metavar="MODEL", help="Hub id, folder or config.json; only that is read.")],
+    ep: Annotated[int, typer.Option(metavar="RANKS", help="Ranks that share the experts (ep_size).")],
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of one rank in one pass: sequences times length.")],
+    implementation: Annotated[
+        Literal["all_to_all", "latent_all_to_all"] | None,
+        typer.Option(help="Dispatcher (ep_implementation). [default: both]"),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32", "float64"], typer.Option(help="Of the hidden states on the wire.")
+    ] = "bfloat16",
+    recomputed: Annotated[bool, typer.Option("--recomputed", help="With gradient checkpointing.")] = False,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="traffic.json that TrafficCallback wrote into output_dir.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What each rank sends to others per layer and per training step, payload and routing metadata apart.
+
+    By formula for uniform routing; DCCA layers beside the same layers at full width; with --measured beside what a run
+    sent. Exit code: 2 where the traffic cannot be told.
+    """
+    from hf_moe_ext.dcca.traffic import TrafficError, compute_traffic, read_layers
+    from hf_moe_ext.scaling.cost import IMPLEMENTATIONS
+
+    element_bytes = {"float32": 4, "float64": 8}.get(dtype, 2)
+    wanted = IMPLEMENTATIONS if implementation is None else (implementation,)
+    try:
+        result = compute_traffic(read_layers(config), ep, tokens, wanted, element_bytes, recomputed, measured)
+    except TrafficError as error:
+        typer.echo(f"hf-moe traffic: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        from hf_moe_ext.dcca.traffic_table import print_traffic
+
+        print_traffic(result, Console(highlight=False))
+
+
 @app.command(
     short_help="Run another program with our adapter types known to it.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
@@ -142,6 +186,80 @@ def run(
     except CommandError as error:
         typer.echo(f"hf-moe run: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+@app.command("to-dcca", short_help="Convert a Mixtral- or OLMoE-type checkpoint to the DCCA form.")
+def convert_to_dcca(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id: mixtral, olmoe, mixtral_ext or olmoe_ext.")],
+    output: Annotated[str, typer.Option(help="Folder to write.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text file or folder of texts. [default: source of the Python standard library]"),
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text to measure on. [default: an eighth of the calibration text]")
+    ] = None,
+    latent_size: Annotated[int | None, typer.Option(help="Latent width R, a multiple of 8.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="R over the hidden size. [default: 0.25]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to convert, as in 3,5-8. [default: all]")] = None,
+    method: Annotated[
+        Literal["data", "svd"], typer.Option(help="data: fitted on the text; svd: from the weights alone.")
+    ] = "data",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens at most.")] = 65_536,
+    held_out_tokens: Annotated[int, typer.Option(help="Tokens to measure on at most.")] = 16_384,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per row of text. [default: 512]")] = None,
+    distill_steps: Annotated[int, typer.Option(help="Steps of distillation from the source; 0: none.")] = 0,
+    distill_learning_rate: Annotated[float, typer.Option(help="Its peak learning rate.")] = 5e-4,
+    distill_batch_rows: Annotated[int, typer.Option(help="Rows of text per step.")] = 4,
+    distill_output_loss_coef: Annotated[
+        float, typer.Option(help="Weight of the blocks' output errors beside the KL divergence.")
+    ] = 0.0,
+    distill_router: Annotated[bool, typer.Option(help="Train the converted layers' routers too.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the calibration sample and the distillation.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
+    device: Annotated[str | None, typer.Option(help="Where to compute. [default: CUDA if there is one]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a pretrained checkpoint, or chosen layers of it, to DCCA blocks fitted on a calibration text.
+
+    Prints the layers' errors and the perplexity before and after. Exit code: 0 written, 2 refused.
+    """
+    from hf_moe_ext.convert import to_dcca
+    from hf_moe_ext.convert.conversion_plan import parse_layers
+    from hf_moe_ext.convert.distillation import DistillationSettings
+
+    steps = DistillationSettings(
+        distill_steps, distill_learning_rate, distill_batch_rows, distill_output_loss_coef, distill_router
+    )
+    try:
+        report = to_dcca(
+            model,
+            output,
+            calibration,
+            held_out=held_out,
+            latent_size=latent_size,
+            ratio=ratio,
+            layers=None if layers is None else parse_layers(layers),
+            method=method,
+            num_tokens=tokens,
+            num_held_out_tokens=held_out_tokens,
+            sequence_length=sequence_length,
+            distillation=steps,
+            seed=seed,
+            overwrite=overwrite,
+            device=device,
+        )
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        typer.echo(f"hf-moe to-dcca: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    from hf_moe_ext.convert.conversion_report import print_report
+
+    print_report(report, Console(highlight=False))
 
 
 def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import wrapt
 
 FEATURES = {
     "peft": ("hf_moe_ext.perft",),
-    "transformers": ("hf_moe_ext.models",),
+    "transformers": ("hf_moe_ext.models", "hf_moe_ext.dcca.dispatch"),
 }
 
 _installed = False

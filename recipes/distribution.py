@@ -1,10 +1,12 @@
 """How one model is spread over the processes: `--fsdp_size`, `--ep_size`, `--tp_size`, as Transformers' own layout."""
 
 import torch
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import SaveStrategy
 
-from finetune_arguments import FinetuneTrainingArguments, LayoutArguments, UserError
+import hf_moe_ext
+from finetune_arguments import FinetuneTrainingArguments, LayoutArguments, ModelArguments, UserError
 
 
 def build_distributed_config(arguments: LayoutArguments, num_processes: int) -> DistributedConfig | None:
@@ -65,3 +67,44 @@ def check_distribution(layout: LayoutArguments, training: FinetuneTrainingArgume
             f"--tp_size {config.tp_size}: accelerate has no tensor parallelism for CPU processes. Use --fsdp_size or "
             "--ep_size, or train on accelerators."
         )
+
+
+def check_distributed_model(outline: PreTrainedModel, arguments: ModelArguments, num_processes: int) -> None:
+    """Refuse a layout that this model cannot take, or that would silently leave it whole.
+
+    Args:
+        outline: The model, with or without weights.
+        arguments: The sizes.
+        num_processes: Of the whole run.
+
+    Raises:
+        UserError: For example experts that do not divide by `--ep_size`.
+    """
+    name = f"--model_name_or_path {arguments.model_name_or_path}"
+    refuse_layout(outline, arguments, num_processes, arguments.dtype, name)
+
+
+def refuse_layout(
+    outline: PreTrainedModel, arguments: LayoutArguments, num_processes: int, dtype: str, name: str
+) -> None:
+    """`check_distributed_model` of a model with any name.
+
+    Args:
+        outline: The model, with or without weights.
+        arguments: The sizes.
+        num_processes: Of the whole run.
+        dtype: Its weights' type.
+        name: What the message calls it.
+
+    Raises:
+        UserError: The model cannot be spread this way.
+    """
+    layout = build_distributed_config(arguments, num_processes)
+    if layout is None:
+        return
+    try:
+        hf_moe_ext.check_distribution(
+            outline.config, layout, model_class=type(outline), num_processes=num_processes, dtype=dtype
+        )
+    except ValueError as error:
+        raise UserError(f"{name} cannot be spread this way: {error}") from error

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from accelerate import PartialState
 from built_in_data import build_built_in
 from cpu_processes import find_missing_processes, start_processes
-from distribution import check_distribution
+from distribution import check_distributed_model, check_distribution
 from evaluation import sum_answer_nats
 from finetune_arguments import (
     QUICKSTART_MODEL,
@@ -163,7 +163,9 @@ def refuse_mistakes(arguments: Arguments) -> None:
         )
     build_adapter_config(arguments.adapter)
     if arguments.model.model_name_or_path != QUICKSTART_MODEL:
-        attach(load_outline(arguments.model), arguments.adapter)
+        outline = load_outline(arguments.model)
+        check_distributed_model(outline, arguments.model, arguments.training.world_size)
+        attach(outline, arguments.adapter)
 
 
 def measure_base(arguments: Arguments, path: str, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut) -> Measurement:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from accelerate import PartialState
-from distribution import build_distributed_config
+from distribution import build_distributed_config, refuse_layout
 from finetune_arguments import UserError
 from pretrain_arguments import CONFIG_CLASSES, PretrainArguments
 
@@ -49,15 +49,10 @@ def check_model(arguments: PretrainArguments) -> None:
     """Build the model without weights, so that a wrong key is an error before anything takes time.
 
     Raises:
-        UserError: It cannot be built, or its experts cannot be split over `--ep_size` processes.
+        UserError: It cannot be built, or cannot be spread as asked.
     """
-    config = build_config(arguments)
-    build_outline(config)
-    ep_size = arguments.model.ep_size or 1
-    if ep_size > 1 and config.num_local_experts % ep_size:
-        raise UserError(
-            f"--ep_size {ep_size} must divide the number of experts, which is {config.num_local_experts}. Change either."
-        )
+    outline = build_outline(build_config(arguments))
+    refuse_layout(outline, arguments.model, arguments.training.world_size, arguments.model.dtype, "The model")
 
 
 def build_outline(config: Any) -> PreTrainedModel:

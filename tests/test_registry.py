@@ -113,3 +113,28 @@ if __name__ == "__main__":
         [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.stdout.strip() == "('PerftConfig', 'PerftModel')", result.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hf_moe_ext, transformers",
+        "import transformers, hf_moe_ext",
+        "from transformers import OlmoeConfig; import hf_moe_ext",
+        "import hf_moe_ext; from transformers import OlmoeConfig",
+        "import hf_moe_ext; from transformers import OlmoeForCausalLM",
+        "import hf_moe_ext; from transformers import Trainer",
+        "import hf_moe_ext; import transformers.models.mixtral.modeling_mixtral",
+        "import hf_moe_ext; from transformers.distributed import DistributedConfig",
+        "import hf_moe_ext; import peft",
+    ],
+)
+def test_models_and_dispatch_are_known_in_any_order_of_imports(code):
+    known = (
+        "from transformers import AutoConfig, AutoModelForCausalLM; "
+        "from transformers.distributed.expert_parallel import EPImplementationInterface as I; "
+        "config = AutoConfig.for_model('olmoe_ext', moe_block='dcca', num_hidden_layers=1); "
+        "import torch; torch.set_default_device('meta'); "
+        "print(type(AutoModelForCausalLM.from_config(config)).__name__, 'latent_all_to_all' in I())"
+    )
+    assert _run(f"{code}; {known}").endswith("OlmoeExtForCausalLM True")

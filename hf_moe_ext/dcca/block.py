@@ -49,7 +49,8 @@ class _LatentExperts(nn.Module):
         first = self.gate_up_proj if self.gated else self.up_proj
         for expert in range(self.num_experts):
             tokens, choices = torch.where(top_k_index == expert)
-            if tokens.numel() == 0:
+            # Expert 0 runs on no rows too: an output without a graph would leave other ranks waiting in the backward.
+            if tokens.numel() == 0 and expert > 0:
                 continue
             inner = nn.functional.linear(hidden_states[tokens], first[expert])
             inner = self._apply_gate(inner) if self.gated else self.act_fn(inner)

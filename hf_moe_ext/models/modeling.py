@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralTopKRouter
@@ -17,6 +17,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM, OlmoeMode
 
 from hf_moe_ext.dcca.block import DccaMoeBlock
 from hf_moe_ext.models.configuration import DCCA, MixtralExtConfig, OlmoeExtConfig
+from hf_moe_ext.models.distribution import check_distribution, count_processes
+from hf_moe_ext.models.expert_gradients import divide_expert_gradients_once
 
 
 class ChosenBlocks:
@@ -31,6 +33,36 @@ class ChosenBlocks:
             if block == DCCA:
                 layer.mlp = DccaMoeBlock(model.config, self.router_class(model.config))
         super().post_init()  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As ``PreTrainedModel.from_pretrained``, but a layout that cannot be taken is refused before anything starts."""
+        layout = kwargs.get("distributed_config")
+        if layout is not None:
+            outline = config
+            if not isinstance(config, PreTrainedConfig):
+                own = {key: value for key, value in kwargs.items() if key != "distributed_config"}
+                outline = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **own)  # type: ignore[attr-defined]
+            check_distribution(
+                outline,
+                layout,
+                model_class=cls,
+                num_processes=count_processes(),
+                experts_implementation=kwargs.get("experts_implementation"),
+                dtype=kwargs.get("dtype"),
+            )
+        return super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *model_args, config=config, **kwargs
+        )
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc]
+        if mesh_manager is not None:
+            divide_expert_gradients_once(model, distributed_config)
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

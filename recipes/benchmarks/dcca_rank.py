@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed import DistributedConfig
 
-import hf_moe_ext  # noqa: F401  # every loader knows our model types after this
+from hf_moe_ext import TrafficMeter  # and every loader knows our model types after this
 
 EXCHANGES = ("_c10d_functional::all_to_all_single", "c10d::alltoall_base_")
 
@@ -156,11 +156,7 @@ class ExchangeTimer(TorchDispatchMode):
 
 
 def count_traffic(step: Step) -> dict[str, Any]:
-    """Bytes that the step's exchanges handed to other ranks, payload and metadata apart; empty without the meter."""
-    try:
-        from hf_moe_ext.dcca.meter import TrafficMeter
-    except ImportError:
-        return {}
+    """Bytes that the step's exchanges handed to other ranks, payload and metadata apart."""
     with TrafficMeter() as meter:
         step()
     return {f"{kind}_bytes": meter.bytes(kind) for kind in ("payload", "metadata")}

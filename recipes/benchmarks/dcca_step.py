@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from hf_moe_ext import MixtralExtConfig
+from hf_moe_ext.scaling.cost import Exchange, Implementation, expect_sent, layer_bytes
 
 STANDARD, DCCA = "standard", "dcca"
-STOCK, OURS = "all_to_all", "latent_all_to_all"
+STOCK: Implementation = "all_to_all"
+OURS: Implementation = "latent_all_to_all"
 # Forward and backward, out and back.
 EXCHANGES_PER_STEP = 4
 FLOAT_BYTES = 4
@@ -133,12 +135,8 @@ def measure_bytes(preset: StepPreset, step: dict[str, Any] | None) -> dict[str, 
     return results
 
 
-def formula_bytes(preset: StepPreset, block: str, implementation: str, num_ranks: int) -> dict[str, float] | None:
-    """Expected payload and metadata of one rank and step, uniform routing; None where the formulas are not installed."""
-    try:
-        from hf_moe_ext.scaling.cost import Exchange, expect_sent, layer_bytes
-    except ImportError:
-        return None
+def formula_bytes(preset: StepPreset, block: str, implementation: Implementation, num_ranks: int) -> dict[str, float]:
+    """Expected payload and metadata of one rank and step, uniform routing."""
     width = preset.latent_size if block == DCCA else preset.hidden_size
     exchange = Exchange(width, preset.num_experts, preset.top_k, num_ranks, element_bytes=FLOAT_BYTES)
     sent = expect_sent(exchange, implementation, preset.batch_size * preset.length)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from distribution import build_distributed_config, check_distribution
+from distribution import build_distributed_config, check_distributed_model, check_distribution
 from finetune_arguments import ModelArguments, UserError, parse_arguments
+from support import zoo
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,18 @@ def test_how_tokens_travel_is_transformers_choice() -> None:
     config = build_distributed_config(ModelArguments(ep_size=2, ep_implementation="all_to_all"), 2)
     assert config is not None
     assert config.ep_implementation == "all_to_all"
+
+
+def test_models_that_cannot_be_spread() -> None:
+    for family, words in (
+        ("flex_olmo", "number of experts, which is 5"),
+        ("llama", "has no MoE block; write ep_size=1"),
+    ):
+        outline, arguments = zoo.build(family), ModelArguments(model_name_or_path="x", ep_size=2)
+        check_distributed_model(outline, ModelArguments(model_name_or_path="x"), 2)
+        with pytest.raises(UserError, match=f"^--model_name_or_path x cannot be spread this way: .*{words}"):
+            check_distributed_model(outline, arguments, 2)
+    check_distributed_model(zoo.build("olmoe"), arguments, 2)
 
 
 def test_a_layout_does_not_make_another_run() -> None:

@@ -1,0 +1,11 @@
+"""Checkpoint in, checkpoint out: a trained Mixture-of-Experts model in another form.
+
+``to_dcca`` replaces the MoE blocks of a Mixtral- or OLMoE-type checkpoint by DCCA blocks (descend, communicate,
+communicate, ascend), fitted on a calibration text. It reads one decoder layer at a time, so the whole model is never in
+memory, and writes a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
+"""
+
+# Here and now, not on first use: a module of the same name, imported by itself, would otherwise stand in its place.
+from hf_moe_ext.convert.to_dcca import to_dcca
+
+__all__ = ["to_dcca"]

@@ -1,0 +1,1 @@
+"""Counting and cost formulas on plain numbers; nothing here loads torch."""
