@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.utils import logging
 
 from accelerate import PartialState
@@ -83,7 +83,6 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
     held_out = HeldOutText(packed.held_out)
     first = MeasureFirst(trainer, held_out, arguments.output_dir / BEFORE, known)  # type: ignore[arg-type]  # the same method
     trainer.add_callback(first)
-    set_seed(training.seed)
     with clock("train"):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     clock.seconds["before"], clock.seconds["train"] = first.seconds, round(clock.seconds["train"] - first.seconds, 2)

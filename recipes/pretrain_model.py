@@ -100,7 +100,6 @@ def build_model(config: Any, arguments: PretrainArguments) -> PreTrainedModel:
         state.wait_for_everyone()
         if state.is_main_process:
             shutil.rmtree(folders[0], ignore_errors=True)
-    set_seed(arguments.training.seed)  # the random state after this is the same for every layout
     return model
 
 

@@ -28,7 +28,7 @@ def measure_probe(preset: Preset, options: argparse.Namespace) -> dict[str, Any]
         RuntimeError: the `loss` part has left no trained DCCA model.
     """
     folder = find_model(options.work_dir / "loss", preset.loss.seeds[0])
-    if (folder / "config.json").is_file() is False:
+    if not (folder / "config.json").is_file():
         raise RuntimeError(f"{folder} holds no model: run --part loss first")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -64,7 +64,7 @@ def measure_probe(preset: Preset, options: argparse.Namespace) -> dict[str, Any]
 
 def find_model(work_dir: Path, seed: int) -> Path:
     """Folder of the finished DCCA run of a seed."""
-    for folder in sorted(work_dir.glob(f"final-{slug(DCCA)}-*e*-{seed}")):
+    for folder in sorted(work_dir.glob(f"final-{slug(DCCA)}-[0-9]*-{seed}")):
         metrics = folder / "metrics.json"
         if metrics.is_file() and json.loads(metrics.read_text(encoding="utf-8"))["model"]["moe_latent_size"]:
             return folder
