@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from finetune_arguments import DataArguments, UserError
+from finetune_arguments import SourceArguments, UserError
 from quickstart.arithmetic import build_arithmetic_rows
 from quickstart.corpus import Corpus, Module, is_held_out
 from quickstart.docstrings import build_docstring_rows
@@ -15,7 +15,7 @@ from quickstart.docstrings import build_docstring_rows
 REASONING_FILES = {"boolq": "boolq", "arc_easy": "ARC-Easy"}
 
 
-def build_built_in(arguments: DataArguments, corpus: Corpus | None) -> dict[str, Dataset]:
+def build_built_in(arguments: SourceArguments, corpus: Corpus | None) -> dict[str, Dataset]:
     """Rows of a built-in data set.
 
     Args:

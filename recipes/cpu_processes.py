@@ -31,7 +31,7 @@ def find_missing_processes() -> int:
     if asked is None:
         raise UserError(
             "accelerate was told to use several CPU processes and started one. Give --num_processes N on its command "
-            "line, or start with `torchrun --nproc_per_node N recipes/finetune.py --use_cpu`."
+            f"line, or start with `torchrun --nproc_per_node N {sys.argv[0]} --use_cpu`."
         )
     return asked if asked > 1 else 0
 

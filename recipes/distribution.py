@@ -6,10 +6,10 @@ from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import SaveStrategy
 
 import hf_moe_ext
-from finetune_arguments import Arguments, ModelArguments, UserError
+from finetune_arguments import FinetuneTrainingArguments, LayoutArguments, ModelArguments, UserError
 
 
-def build_distributed_config(arguments: ModelArguments, num_processes: int) -> DistributedConfig | None:
+def build_distributed_config(arguments: LayoutArguments, num_processes: int) -> DistributedConfig | None:
     """The layout of the model; None for a model that every process holds whole.
 
     A `--fsdp_size` left out takes the processes that `--tp_size` leaves: each of those groups reads its own rows.
@@ -39,25 +39,30 @@ def build_distributed_config(arguments: ModelArguments, num_processes: int) -> D
             f"--ep_size {ep_size} must divide the number of processes, which is {num_processes}, and be a multiple of "
             f"--tp_size, which is {tp_size}. Start more with `accelerate launch --num_processes`, or change the sizes."
         )
-    return DistributedConfig(fsdp_size=fsdp_size, ep_size=ep_size, tp_size=tp_size) if num_processes > 1 else None
+    if num_processes == 1:
+        return None
+    config = DistributedConfig(fsdp_size=fsdp_size, ep_size=ep_size, tp_size=tp_size)
+    if arguments.ep_implementation is not None:
+        config.ep_implementation = arguments.ep_implementation
+    return config
 
 
-def check_distribution(arguments: Arguments, num_processes: int) -> None:
+def check_distribution(layout: LayoutArguments, training: FinetuneTrainingArguments, num_processes: int) -> None:
     """Refuse a layout that cannot train here.
 
     Raises:
         UserError: See `build_distributed_config`; checkpoints to resume from; tensor parallelism on CPU.
     """
-    config = build_distributed_config(arguments.model, num_processes)
+    config = build_distributed_config(layout, num_processes)
     if config is None:
         return
-    strategy = SaveStrategy(arguments.training.save_strategy)
+    strategy = SaveStrategy(training.save_strategy)
     if strategy != SaveStrategy.NO:
         raise UserError(
             f"--save_strategy {strategy.value}: Transformers cannot resume a model spread by "
-            "--fsdp_size, --ep_size or --tp_size. Give --save_strategy no; the adapter is saved at the end."
+            "--fsdp_size, --ep_size or --tp_size. Give --save_strategy no; what was trained is saved at the end."
         )
-    if (config.tp_size or 1) > 1 and (arguments.training.use_cpu or not torch.accelerator.is_available()):
+    if (config.tp_size or 1) > 1 and (training.use_cpu or not torch.accelerator.is_available()):
         raise UserError(
             f"--tp_size {config.tp_size}: accelerate has no tensor parallelism for CPU processes. Use --fsdp_size or "
             "--ep_size, or train on accelerators."
@@ -75,14 +80,31 @@ def check_distributed_model(outline: PreTrainedModel, arguments: ModelArguments,
     Raises:
         UserError: For example experts that do not divide by `--ep_size`.
     """
+    name = f"--model_name_or_path {arguments.model_name_or_path}"
+    refuse_layout(outline, arguments, num_processes, arguments.dtype, name)
+
+
+def refuse_layout(
+    outline: PreTrainedModel, arguments: LayoutArguments, num_processes: int, dtype: str, name: str
+) -> None:
+    """`check_distributed_model` of a model with any name.
+
+    Args:
+        outline: The model, with or without weights.
+        arguments: The sizes.
+        num_processes: Of the whole run.
+        dtype: Its weights' type.
+        name: What the message calls it.
+
+    Raises:
+        UserError: The model cannot be spread this way.
+    """
     layout = build_distributed_config(arguments, num_processes)
     if layout is None:
         return
     try:
         hf_moe_ext.check_distribution(
-            outline.config, layout, model_class=type(outline), num_processes=num_processes, dtype=arguments.dtype
+            outline.config, layout, model_class=type(outline), num_processes=num_processes, dtype=dtype
         )
     except ValueError as error:
-        raise UserError(
-            f"--model_name_or_path {arguments.model_name_or_path} cannot be spread this way: {error}"
-        ) from error
+        raise UserError(f"{name} cannot be spread this way: {error}") from error

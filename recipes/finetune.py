@@ -9,9 +9,7 @@ import json
 import os
 import shlex
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +42,18 @@ from finetune_model import (
 )
 from held_out import HeldOut, MeasureFirst, Measurement, read_measurement
 from hf_moe_ext import RouterLoadCallback, param_groups
-from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder
+from output_folder import (
+    check_hub_login,
+    check_output_folder,
+    claim_output_folder,
+    find_checkpoint,
+    push_folder,
+    wants_resume,
+)
 from quickstart.corpus import Corpus, read_corpus
 from quickstart.pretrain import REPORT_FILE, BaseSettings, build_base, find_base
 from reporting import (
+    Clock,
     append_results,
     compare_losses,
     draw_load_map,
@@ -70,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(argv)
         if argv is None and (missing := find_missing_processes()):
             check_output_folder(arguments)  # here the exit code is still ours to choose
-            check_distribution(arguments, missing)
+            check_distribution(arguments.model, arguments.training, missing)
             return start_processes(missing, __file__, sys.argv[1:])
         finetune(arguments, shlex.join(["recipes/finetune.py", *(sys.argv[1:] if argv is None else argv)]))
     except UserError as error:
@@ -146,9 +152,15 @@ def refuse_mistakes(arguments: Arguments) -> None:
         arguments.training.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
     for sentence in find_idle_settings(arguments):
         logger.warning(sentence)
-    check_distribution(arguments, arguments.training.world_size)
+    check_distribution(arguments.model, arguments.training, arguments.training.world_size)
     check_output_folder(arguments)
     check_hub_login(arguments)
+    if wants_resume(arguments) and arguments.adapter.peft == "full":
+        raise UserError(
+            "--resume_from_checkpoint with --peft full: the Trainer reads such a checkpoint tensor by tensor, and the "
+            "experts of Transformers 5 are saved under other names than they are held, so they would fall back to the "
+            "base's. Start again, or train an adapter."
+        )
     build_adapter_config(arguments.adapter)
     if arguments.model.model_name_or_path != QUICKSTART_MODEL:
         outline = load_outline(arguments.model)
@@ -170,7 +182,7 @@ def train(
     held_out: HeldOut,
     checkpoint: str | None,
     known: Measurement | None,
-    clock: "Clock",
+    clock: Clock,
 ) -> tuple[Measurement, Trained]:
     """Attach, measure, train with the plain Trainer, save, and measure again."""
     set_seed(arguments.training.seed)
@@ -290,9 +302,7 @@ def compare(held_out: HeldOut, before: Measurement, after: Measurement | None, s
     }
 
 
-def write_files(
-    arguments: Arguments, metrics: dict[str, Any], rows: Mapping[str, Sequence[Any]], clock: "Clock"
-) -> None:
+def write_files(arguments: Arguments, metrics: dict[str, Any], rows: Mapping[str, Sequence[Any]], clock: Clock) -> None:
     """Pictures, table of rows, card and metrics; then the push."""
     folder, pictures = arguments.output_dir, []
     if "after" in metrics["loss"]:
@@ -303,27 +313,13 @@ def write_files(
         pictures.append(LOAD_MAP)
     metrics |= {"pictures": pictures, "seconds": clock.seconds}
     write_rows(rows, folder / ROWS)
-    append_results(metrics, folder / "README.md")
+    append_results(format_results(metrics), folder / "README.md")
     write_metrics(metrics, folder / METRICS)
     print(
         f"\n{format_results(metrics)}\n\nEverything is in {folder}: {', '.join([METRICS, ROWS, 'README.md', *pictures])}"
     )
     if arguments.push_to_hub:
         print(f"Pushed: {push_folder(arguments)}")
-
-
-class Clock:
-    """Seconds each named part of a run took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Time the block as `part`."""
-        began = time.monotonic()
-        yield
-        self.seconds[part] = round(time.monotonic() - began, 2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -22,7 +22,23 @@ class UserError(Exception):
 
 
 @dataclass
-class ModelArguments:
+class LayoutArguments:
+    """How one model is spread over the processes."""
+
+    fsdp_size: int | None = field(default=None, metadata={"help": "Spread all weights over so many processes (FSDP)."})
+    ep_size: int | None = field(default=None, metadata={"help": "Spread the experts over so many processes."})
+    tp_size: int | None = field(
+        default=None,
+        metadata={"help": "Split attention and experts over so many processes of one batch (accelerators)."},
+    )
+    ep_implementation: str | None = field(
+        default=None,
+        metadata={"help": "How tokens reach the experts of other processes: all_to_all, latent_all_to_all ..."},
+    )
+
+
+@dataclass
+class ModelArguments(LayoutArguments):
     """Which model is fine-tuned."""
 
     model_name_or_path: str = field(
@@ -35,17 +51,11 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention: sdpa, flash_attention_2 ..."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    fsdp_size: int | None = field(default=None, metadata={"help": "Spread all weights over so many processes (FSDP)."})
-    ep_size: int | None = field(default=None, metadata={"help": "Spread the experts over so many processes."})
-    tp_size: int | None = field(
-        default=None,
-        metadata={"help": "Split attention and experts over so many processes of one batch (accelerators)."},
-    )
 
 
 @dataclass
-class DataArguments:
-    """Which rows it is trained and measured on."""
+class SourceArguments:
+    """Where rows come from."""
 
     dataset_name: str = field(
         default="docstrings",
@@ -68,6 +78,12 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn by --seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Measure on so many rows, drawn by --seed."})
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Which rows it is trained and measured on."""
+
     num_generations: int | None = field(
         default=None, metadata={"help": "Held-out rows to write answers for; all for 'docstrings', else 8."}
     )
@@ -168,7 +184,7 @@ class Arguments:
     def describe(self) -> dict[str, Any]:
         """What makes a run this run and no other: what is trained on what, not how long or where."""
         model = dataclasses.asdict(self.model)
-        layout = ("fsdp_size", "ep_size", "tp_size")
+        layout = [f.name for f in dataclasses.fields(LayoutArguments)]
         data = dataclasses.asdict(self.data)
         measured = ("max_eval_samples", "num_generations", "max_new_tokens", "answer_choices_metric")
         quickstart = dataclasses.asdict(self.quickstart)
@@ -182,7 +198,19 @@ class Arguments:
         }
 
 
-class _Parser(HfArgumentParser):
+class ReadsRows(Protocol):
+    """What reading rows needs of a recipe's arguments."""
+
+    @property
+    def data(self) -> SourceArguments: ...
+
+    @property
+    def training(self) -> TrainingArguments: ...
+
+
+class RecipeParser(HfArgumentParser):
+    """Its mistakes are the recipe's own errors."""
+
     def error(self, message: str) -> NoReturn:
         """One line in place of the two hundred arguments argparse would print."""
         raise UserError(f"{message}. See --help for every argument.")
@@ -205,28 +233,46 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     Raises:
         UserError: An unknown or meaningless argument or key.
     """
-    parser = _Parser(list(_DATACLASSES), prog="finetune.py", allow_abbrev=False, description=__doc__)
-    parser.add_argument("--config", help="YAML file of arguments; the command line wins over it.")
+    parser = RecipeParser(list(_DATACLASSES), prog="finetune.py", allow_abbrev=False, description=__doc__)
     given = list(sys.argv[1:] if argv is None else argv)
-    config, given = _take_config(given)
-    if config is None and not any(word.split("=")[0] == "--model_name_or_path" for word in given):
-        config = QUICKSTART_CONFIG
-    known = [name for action in parser._actions for name in action.option_strings]
-    words = given if config is None else [*_yaml_words(config, known), *given]
-    try:
-        *parsed, namespace, unknown = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:  # TrainingArguments refuses a combination
-        raise UserError(str(error)) from error
-    del namespace
-    if unknown:
-        raise UserError(f"Unknown argument {unknown[0]}.{_suggest(unknown[0], known)} See --help for every argument.")
+    default = None if any(word.split("=")[0] == "--model_name_or_path" for word in given) else QUICKSTART_CONFIG
+    parsed, _ = read_words(parser, given, default)
     model, data, adapter, quickstart, training = parsed
     arguments = Arguments(model, data, adapter, quickstart, training, training.push_to_hub)
     training.push_to_hub = False  # Trainer would push after every save; the finished folder is pushed once, at the end
     _check_values(arguments)
     return arguments
+
+
+def read_words(parser: RecipeParser, words: Sequence[str], default: Path | None) -> tuple[list[Any], dict[str, Any]]:
+    """Read command-line words and, under them, the YAML file of `--config`.
+
+    Args:
+        parser: Of the recipe.
+        words: The command line.
+        default: The YAML file when `--config` is not given; None for none.
+
+    Returns:
+        The parser's dataclasses, and what else was added to it by name.
+
+    Raises:
+        UserError: An unknown or meaningless argument or key.
+    """
+    parser.add_argument("--config", help="YAML file of arguments; the command line wins over it.")
+    config, given = _take_config(list(words))
+    config = default if config is None else config
+    known = [name for action in parser._actions for name in action.option_strings]
+    if config is not None:
+        given = [*_yaml_words(config, known), *given]
+    try:
+        *parsed, namespace, unknown = parser.parse_args_into_dataclasses(
+            given, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # TrainingArguments refuses a combination
+        raise UserError(str(error)) from error
+    if unknown:
+        raise UserError(f"Unknown argument {unknown[0]}.{suggest(unknown[0], known)} See --help for every argument.")
+    return list(parsed), dict(vars(namespace))
 
 
 def _take_config(words: list[str]) -> tuple[Path | None, list[str]]:
@@ -258,7 +304,7 @@ def _yaml_words(path: Path, known: Sequence[str]) -> list[str]:
     words = []
     for key, value in settings.items():
         if f"--{key}" not in known or key in ("config", "help"):
-            raise UserError(f"--config {path}: unknown key '{key}'.{_suggest(f'--{key}', known)} Correct or remove it.")
+            raise UserError(f"--config {path}: unknown key '{key}'.{suggest(f'--{key}', known)} Correct or remove it.")
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
@@ -266,7 +312,8 @@ def _yaml_words(path: Path, known: Sequence[str]) -> list[str]:
     return words
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
+    """A sentence with the nearest known name, or nothing."""
     close = difflib.get_close_matches(name.split("=")[0], known, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from finetune_arguments import BUILT_IN_DATASETS, Arguments, DataArguments, UserError
+from finetune_arguments import BUILT_IN_DATASETS, ReadsRows, SourceArguments, UserError
 
 logger = logging.get_logger("finetune")
 
@@ -23,7 +23,7 @@ KEPT_COLUMNS = ("answer", "choices", "group", "name", "module")
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")
 
 
-def load_rows(arguments: Arguments, built_in: Callable[[], dict[str, Dataset]]) -> dict[str, Dataset]:
+def load_rows(arguments: ReadsRows, built_in: Callable[[], dict[str, Dataset]]) -> dict[str, Dataset]:
     """Read `--dataset_name`, choose the splits, and bring every row to `prompt`, `completion`.
 
     Args:
@@ -135,7 +135,7 @@ def expand_choices(rows: Dataset) -> tuple[Dataset, list[int], list[int]]:
     return Dataset.from_list(expanded), question_of_row, right
 
 
-def _read(data: DataArguments) -> Dataset | DatasetDict:
+def _read(data: SourceArguments) -> Dataset | DatasetDict:
     name, path = data.dataset_name, Path(data.dataset_name)
     suffix = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     try:
@@ -164,7 +164,7 @@ def _read(data: DataArguments) -> Dataset | DatasetDict:
         ) from error
 
 
-def _choose_splits(loaded: Dataset | DatasetDict, data: DataArguments, seed: int) -> dict[str, Dataset]:
+def _choose_splits(loaded: Dataset | DatasetDict, data: SourceArguments, seed: int) -> dict[str, Dataset]:
     splits = {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
     train_name, test_name = data.dataset_train_split, data.dataset_test_split
     has = f"{data.dataset_name} has the splits {', '.join(map(str, splits))}"
@@ -172,7 +172,7 @@ def _choose_splits(loaded: Dataset | DatasetDict, data: DataArguments, seed: int
         raise UserError(f"--dataset_train_split {train_name}: {has}. Name one of them.")
     if test_name in splits:
         return {"train": splits[train_name], "test": splits[test_name]}
-    if test_name != DataArguments.dataset_test_split:
+    if test_name != SourceArguments.dataset_test_split:
         raise UserError(
             f"--dataset_test_split {test_name}: {has}. Name one of them, or leave it out to hold out a tenth of "
             f"'{train_name}'."

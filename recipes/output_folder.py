@@ -3,20 +3,37 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any, Protocol
 
 from huggingface_hub import HfApi, get_token
 from transformers.utils import logging
 
-from finetune_arguments import Arguments, UserError
+from finetune_arguments import FinetuneTrainingArguments, UserError
 
 logger = logging.get_logger("finetune")
 
 RUN_FILE = "run.json"
-_CACHES = ("quickstart-base-", ".building-")
+_CACHES = ("quickstart-base-", "pretrain-tokenizer-", ".building-")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
-def check_output_folder(arguments: Arguments) -> None:
+class Run(Protocol):
+    """What a recipe's arguments say about the folder of its run."""
+
+    @property
+    def training(self) -> FinetuneTrainingArguments: ...
+
+    @property
+    def push_to_hub(self) -> bool: ...
+
+    @property
+    def output_dir(self) -> Path: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What makes a run this run and no other."""
+
+
+def check_output_folder(arguments: Run) -> None:
     """Refuse a folder that holds another run; writes nothing.
 
     Raises:
@@ -42,7 +59,7 @@ def check_output_folder(arguments: Arguments) -> None:
             )
 
 
-def claim_output_folder(arguments: Arguments) -> None:
+def claim_output_folder(arguments: Run) -> None:
     """Write down whose run this is; with `--overwrite_output_dir`, delete the earlier run first."""
     folder = arguments.output_dir
     if arguments.training.overwrite_output_dir and not wants_resume(arguments):
@@ -55,13 +72,13 @@ def claim_output_folder(arguments: Arguments) -> None:
     (folder / RUN_FILE).write_text(json.dumps(arguments.describe(), indent=1) + "\n", encoding="utf-8")
 
 
-def wants_resume(arguments: Arguments) -> bool:
+def wants_resume(arguments: Run) -> bool:
     """Whether `--resume_from_checkpoint` asks for anything."""
     value = arguments.training.resume_from_checkpoint
     return value is not None and str(value).lower() not in _FALSE
 
 
-def find_checkpoint(arguments: Arguments) -> str | None:
+def find_checkpoint(arguments: Run) -> str | None:
     """The checkpoint to go on from; None to start at step 0.
 
     Raises:
@@ -69,12 +86,6 @@ def find_checkpoint(arguments: Arguments) -> str | None:
     """
     if not wants_resume(arguments):
         return None
-    if arguments.adapter.peft == "full":
-        raise UserError(
-            "--resume_from_checkpoint with --peft full: the Trainer reads such a checkpoint tensor by tensor, and the "
-            "experts of Transformers 5 are saved under other names than they are held, so they would fall back to the "
-            "base's. Start again, or train an adapter."
-        )
     value = str(arguments.training.resume_from_checkpoint)
     if value.lower() not in _TRUE:
         if not (Path(value) / "trainer_state.json").is_file():
@@ -103,7 +114,7 @@ def list_run_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(_CACHES))
 
 
-def check_hub_login(arguments: Arguments) -> None:
+def check_hub_login(arguments: Run) -> None:
     """Refuse `--push_to_hub` without a token before anything is trained.
 
     Raises:
@@ -113,7 +124,7 @@ def check_hub_login(arguments: Arguments) -> None:
         raise UserError("--push_to_hub true needs a token of the Hub: run `hf auth login`, or give --hub_token.")
 
 
-def push_folder(arguments: Arguments) -> str:
+def push_folder(arguments: Run) -> str:
     """Upload the finished folder; checkpoints and pickled files stay here.
 
     Returns:
@@ -126,8 +137,8 @@ def push_folder(arguments: Arguments) -> str:
     return api.upload_folder(
         repo_id=repository,
         folder_path=arguments.output_dir,
-        ignore_patterns=["checkpoint-*", "quickstart-base-*", ".building-*", "*.bin", "*.pt", "*.pth"],
-        commit_message="Adapter, card and metrics of recipes/finetune.py",
+        ignore_patterns=["checkpoint-*", *(f"{name}*" for name in _CACHES), "*.bin", "*.pt", "*.pth"],
+        commit_message="Weights, card and metrics of a recipe",
     ).commit_url
 
 

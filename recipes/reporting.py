@@ -2,7 +2,9 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,20 @@ matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot as plt
 
 RESULTS_HEADING = "## Results of this run"
+
+
+class Clock:
+    """Seconds each named part of a run took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time the block as `part`."""
+        began = time.monotonic()
+        yield
+        self.seconds[part] = round(time.monotonic() - began, 2)
 
 
 def compare_losses(
@@ -56,7 +72,9 @@ def compare_losses(
     }
 
 
-def draw_loss_curve(log: Sequence[Mapping[str, float]], before: float, after: float, path: Path) -> None:
+def draw_loss_curve(
+    log: Sequence[Mapping[str, float]], before: float, after: float, path: Path, title: str = "Fine-tuning loss"
+) -> None:
     """Training loss by step, with the held-out loss before and after."""
     steps = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -64,7 +82,7 @@ def draw_loss_curve(log: Sequence[Mapping[str, float]], before: float, after: fl
         axes.plot(*zip(*steps, strict=True), label="train", color="tab:blue")
     end = max((step for step, _ in steps), default=1)
     axes.plot([0, end], [before, after], "o--", label="held-out, before and after", color="tab:orange")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title="Fine-tuning loss")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -107,12 +125,12 @@ def write_rows(table: Mapping[str, Sequence[Any]], path: Path) -> None:
         writer.writerows(zip(*table.values(), strict=True))
 
 
-def append_results(metrics: Mapping[str, Any], path: Path) -> None:
+def append_results(results: str, path: Path) -> None:
     """Put the results under the card that the adapter wrote, or start one."""
     card = path.read_text(encoding="utf-8") if path.exists() else "# Measured, nothing trained\n"
     # PEFT's template follows, forty headings of "More Information Needed"; an earlier run's results too
     card = card.split("# Model Card for Model ID")[0].split(RESULTS_HEADING)[0].rstrip()
-    path.write_text(f"{card}\n\n{RESULTS_HEADING}\n\n{format_results(metrics)}\n", encoding="utf-8")
+    path.write_text(f"{card}\n\n{RESULTS_HEADING}\n\n{results}\n", encoding="utf-8")
 
 
 def format_results(metrics: Mapping[str, Any]) -> str:

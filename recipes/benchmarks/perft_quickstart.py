@@ -12,17 +12,14 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 RECIPES = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(RECIPES))
 
+from cells import Cell, run_cells  # noqa: E402
 from perft_quickstart_card import render_card  # noqa: E402
 
 from built_in_data import build_docstrings, split_train_modules  # noqa: E402  # after the path is set
@@ -46,14 +43,6 @@ COMMON = (
     *("--config", str(RECIPES / "configs" / "quickstart_r.yaml"), "--num_generations", "0", "--save_strategy", "no"),
     *("--logging_steps", "25", "--use_cpu", "true"),
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of `finetune.py`: its folder's name and its arguments."""
-
-    name: str
-    arguments: tuple[str, ...]
 
 
 def main() -> None:
@@ -92,7 +81,7 @@ def main() -> None:
         for method in METHODS
         for rate in options.learning_rates
     }
-    found = run_cells(search.values(), options)
+    found = run_cells(search.values(), options.work_dir, options.jobs)
     chosen = {
         method: min(options.learning_rates, key=lambda rate: found[search[method, rate].name]["loss"]["after"])
         for method in METHODS
@@ -105,7 +94,7 @@ def main() -> None:
         for method in METHODS
         for seed in options.seeds
     }
-    measured = run_cells(final.values(), options)
+    measured = run_cells(final.values(), options.work_dir, options.jobs)
     results = {
         "command": shlex.join(["python", "recipes/benchmarks/perft_quickstart.py", *sys.argv[1:]]),
         "steps": options.max_steps,
@@ -135,39 +124,6 @@ def write_validation_data(folder: Path) -> Path:
     for side, rows in build_docstrings(split_train_modules(read_corpus(None))).items():
         rows.select_columns(["prompt", "completion"]).to_json(str(folder / f"{side}.jsonl"))
     return folder.resolve()
-
-
-def run_cells(cells: Iterable[Cell], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Run the cells that have no metrics yet, several at a time; name -> metrics.
-
-    Raises:
-        RuntimeError: A run failed; its output is in the work folder.
-    """
-    cells = list(cells)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        return dict(zip([cell.name for cell in cells], pool.map(lambda c: run_cell(c, options), cells), strict=True))
-
-
-def run_cell(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one cell, or read what it left behind."""
-    folder = options.work_dir / cell.name
-    metrics = folder / "metrics.json"
-    if not metrics.is_file():
-        arguments = (*cell.arguments, "--output_dir", str(folder.resolve()), "--overwrite_output_dir", "true")
-        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-        with (options.work_dir / f"{cell.name}.log").open("w", encoding="utf-8") as log:
-            done = subprocess.run(
-                [sys.executable, str(RECIPES / "finetune.py"), *arguments],
-                env=os.environ | {"OMP_NUM_THREADS": threads},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if done.returncode:
-            raise RuntimeError(f"{cell.name} failed; see {options.work_dir / cell.name}.log")
-    result: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
-    print(f"{cell.name}: {result['loss']['before']:.4f} -> {result['loss']['after']:.4f}", flush=True)
-    return result
 
 
 def summarize_base(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ RECIPES = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(RECIPES))
 sys.path.insert(0, str(RECIPES / "benchmarks"))
 
-from perft_quickstart import COMMON, METHODS, Cell, run_cells, summarize_base  # noqa: E402  # after the path is set
+from cells import Cell, run_cells  # noqa: E402
+from perft_quickstart import COMMON, METHODS, summarize_base  # noqa: E402  # after the path is set
 from perft_router_card import render_card  # noqa: E402
 
 R, E = METHODS["R"], METHODS["E"]
@@ -74,7 +75,7 @@ def main() -> None:
         for setting, arguments in settings.items()
         for seed in options.seeds
     }
-    found = run_cells({cell.name: cell for cell in cells.values()}.values(), options)
+    found = run_cells({cell.name: cell for cell in cells.values()}.values(), options.work_dir, options.jobs)
     runs = {key: found[cell.name] for key, cell in cells.items()}
     results = {
         "command": shlex.join(["python", "recipes/benchmarks/perft_router.py", *sys.argv[1:]]),

@@ -120,8 +120,10 @@ def run_script(recipes: Path):
     """Run the script in a process of its own; one thread, so that it is as fast beside other tests."""
     import os
 
-    def run(*words: object, launcher: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, *launcher, str(recipes / "finetune.py"), *map(str, words)]
+    def run(
+        *words: object, launcher: tuple[str, ...] = (), script: str = "finetune.py", **options
+    ) -> subprocess.CompletedProcess:
+        command = [sys.executable, *launcher, str(recipes / script), *map(str, words)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
 

@@ -37,9 +37,16 @@ def test_layouts(sizes: dict[str, int], processes: int, expected: tuple[int, ...
     ids=str,
 )
 def test_refused_layouts(flags: list[str], processes: int, words: list[str]) -> None:
+    arguments = parse_arguments(["--model_name_or_path=x", *flags])
     with pytest.raises(UserError) as error:
-        check_distribution(parse_arguments(["--model_name_or_path=x", *flags]), processes)
+        check_distribution(arguments.model, arguments.training, processes)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_how_tokens_travel_is_transformers_choice() -> None:
+    config = build_distributed_config(ModelArguments(ep_size=2, ep_implementation="all_to_all"), 2)
+    assert config is not None
+    assert config.ep_implementation == "all_to_all"
 
 
 def test_models_that_cannot_be_spread() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune import refuse_mistakes
 from finetune_arguments import Arguments, UserError, parse_arguments
 from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint
 
@@ -77,6 +78,7 @@ def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_full_fine_tuning_cannot_be_resumed(tmp_path: Path) -> None:
+    claim_output_folder(_arguments(tmp_path, "--peft", "full"))
     _make_checkpoint(tmp_path, 4)
     with pytest.raises(UserError, match="--resume_from_checkpoint with --peft full"):
-        find_checkpoint(_arguments(tmp_path, "--peft", "full", "--resume_from_checkpoint", "true"))
+        refuse_mistakes(_arguments(tmp_path, "--peft", "full", "--resume_from_checkpoint", "true"))

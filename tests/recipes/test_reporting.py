@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluation import RowLosses
-from reporting import append_results, compare_losses, draw_load_map, draw_loss_curve, write_metrics
+from reporting import append_results, compare_losses, draw_load_map, draw_loss_curve, format_results, write_metrics
 
 
 def _losses(generator: np.random.Generator, rows: int, shift: float) -> tuple[RowLosses, RowLosses]:
@@ -54,8 +54,8 @@ def test_card_keeps_its_top_and_is_not_appended_to_twice(tmp_path) -> None:
         "loss": {"before": 3.0, "after": 2.0, "difference": -1.0, "low": -1.2, "high": -0.8, "rows": 7},
         "samples": [{"prompt": "a | b", "reference": "c", "before": "d", "after": None}],
     }
-    append_results(metrics, card)
-    append_results(metrics, card)
+    append_results(format_results(metrics), card)
+    append_results(format_results(metrics), card)
     text = card.read_text()
     assert text.startswith("---\nlibrary_name: peft\n---\n# Load it\n")
     assert text.count("[-1.2000, -0.8000]") == 1
