@@ -81,6 +81,8 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base_cache_dir", type=Path, default=Path("outputs"))
     parser.add_argument("--card_dir", type=Path, default=Path("model_cards"))
     parser.add_argument("--source", type=Path, help="Another trained model than the quickstart's base.")
+    parser.add_argument("--source_dir", type=Path, help="Folder of .py files in place of the library.")
+    parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--distill_ratios", type=float, nargs="+", default=[0.125, 0.25])
     parser.add_argument("--num_tokens", type=int, default=32_768, help="Calibration tokens of a fit.")
@@ -108,8 +110,8 @@ def plan_cells(options: argparse.Namespace) -> list[Cell]:
 
 def prepare(options: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
     """The source model's folder and one folder of texts per side of the corpus."""
-    corpus = read_corpus()
-    settings = BaseSettings()
+    corpus = read_corpus(options.source_dir)
+    settings = BaseSettings(source_dir=options.source_dir and str(options.source_dir))
     base = options.source or find_base(settings, options.base_cache_dir, corpus)
     if not base.is_dir():
         build_base(settings, base)
@@ -137,7 +139,7 @@ def run_cell(cell: Cell, base: Path, texts: dict[str, Path], options: argparse.N
         ratio=cell.ratio,
         num_tokens=options.distill_tokens if cell.distill_steps else options.num_tokens,
         num_held_out_tokens=options.held_out_tokens,
-        sequence_length=256,
+        sequence_length=options.sequence_length,
         distillation=DistillationSettings(num_steps=cell.distill_steps, learning_rate=options.learning_rate),
         seed=cell.seed,
         overwrite=True,
