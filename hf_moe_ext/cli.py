@@ -249,7 +249,7 @@ def convert_to_dcca(
             overwrite=overwrite,
             device=device,
         )
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         typer.echo(f"hf-moe to-dcca: {error}", err=True)
         raise typer.Exit(2) from error
     if as_json:

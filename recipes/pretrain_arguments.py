@@ -133,7 +133,13 @@ def parse_pretrain_arguments(argv: Sequence[str] | None = None) -> PretrainArgum
         name.removeprefix(_PREFIX): _read_value(words) for name, words in extra.items() if name.startswith(_PREFIX)
     }
     from_file = {} if model.model_config is None else read_config_file(Path(model.model_config))
-    model.model_type = from_file.pop("model_type", model.model_type)
+    in_file = from_file.pop("model_type", model.model_type)
+    if in_file != model.model_type and any(word.split("=")[0] == "--model_type" for word in given):
+        raise UserError(
+            f"--model_type {model.model_type} and --model_config {model.model_config}, which is of model_type {in_file}, "
+            "contradict each other: leave one out."
+        )
+    model.model_type = in_file
     keys = {**from_file, **flags}
     _check_keys(keys, model.model_type, model.model_config)
     arguments = PretrainArguments(model, data, training, keys, training.push_to_hub)

@@ -14,6 +14,7 @@ Source = str | os.PathLike[str] | Tensor | None
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst", ".text")
 _HELD_OUT_ONE_IN = 8
+_FEWEST_WORDS = 3
 # Long files are cut, so that a sample is of many files rather than of two large ones.
 _CHARACTERS_PER_PASSAGE = 16_384
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
@@ -51,9 +52,12 @@ def draw_rows(passages: list[str], tokenizer: Any, num_tokens: int, length: int,
     order = list(passages)
     random.Random(seed).shuffle(order)
     ids: list[int] = []
+    words: set[int] = set()
     for passage in order:
         # Passages are longer than a model's context, and are cut into rows afterwards: no warning of that.
-        ids += between + tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
+        found = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
+        words.update(found)
+        ids += between + found
         if len(ids) >= num_tokens:
             break
     rows = min(len(ids), num_tokens) // length
@@ -61,6 +65,12 @@ def draw_rows(passages: list[str], tokenizer: Any, num_tokens: int, length: int,
         raise ValueError(
             f"the calibration text gives {len(ids)} tokens (at most {num_tokens} were asked for), less than one row of "
             f"{length}; give more text, or a smaller sequence_length"
+        )
+    if len(words) < _FEWEST_WORDS:
+        # Without its files OLMoE's tokenizer loads all the same, and takes every text for no tokens at all.
+        raise ValueError(
+            f"the tokenizer makes {len(words)} different tokens of the whole text: its files are missing from the model's "
+            "folder, or are another model's; put them there, or pass token ids as calibration (Python)"
         )
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
@@ -71,11 +81,19 @@ def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
     Raises:
         ValueError: another shape or kind, or ids outside the vocabulary.
     """
-    if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2 or not len(ids):
+    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if ids.ndim != 2 or ids.dtype not in kinds or ids.shape[1] < 2 or not len(ids):
         raise ValueError(f"token ids must be integers [rows, length >= 2]; got {tuple(ids.shape)} of {ids.dtype}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise ValueError(f"token ids must be from 0 to {vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}")
-    return ids
+    return ids.to("cpu", torch.long)
+
+
+def take_rows(ids: Tensor, num_tokens: int, seed: int) -> Tensor:
+    """At most so many tokens' rows of ids [rows, length], drawn at random; at least one row."""
+    count = min(len(ids), max(1, num_tokens // ids.shape[1]))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]
+    return ids[order]
 
 
 def split_source(source: Source) -> tuple[Tensor | list[str], Tensor | list[str], str]:
@@ -92,11 +110,15 @@ def split_source(source: Source) -> tuple[Tensor | list[str], Tensor | list[str]
     return source[:edge], source[edge:], "token ids"
 
 
-def join(first: Tensor | list[str], second: Tensor | list[str]) -> Tensor | list[str]:
-    """Two parts of one source together again."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.cat([first, second])
-    return [*first, *second]
+def read_whole(source: Source) -> tuple[Tensor | list[str], str]:
+    """All of a source, nothing held out of it, and its name."""
+    if isinstance(source, Tensor):
+        return source, "token ids"
+    if source is not None and Path(source).is_dir():
+        folder = Path(source)
+        return [part for path in _list_files(folder) for part in _cut(_read(path))], str(folder)
+    fit, measure, origin = read_passages(source)
+    return [*fit, *measure], origin
 
 
 def read_passages(source: str | os.PathLike[str] | None) -> tuple[list[str], list[str], str]:
@@ -120,7 +142,7 @@ def read_passages(source: str | os.PathLike[str] | None) -> tuple[list[str], lis
     folder = Path(sysconfig.get_paths()["stdlib"]) if source is None else Path(source)
     if not folder.is_dir():
         raise ValueError(f"calibration: {source} is neither a text file nor a folder of text files")
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix in TEXT_SUFFIXES and p.is_file() and _belongs(p, folder)]
+    files = _list_files(folder)
     if len(files) < 2:
         raise ValueError(
             f"calibration: {folder} holds {len(files)} files ending in {', '.join(TEXT_SUFFIXES)}; at least 2 are needed, "
@@ -130,6 +152,10 @@ def read_passages(source: str | os.PathLike[str] | None) -> tuple[list[str], lis
     edge = len(files) - max(1, len(files) // _HELD_OUT_ONE_IN)
     sides = [[part for path in side for part in _cut(_read(path))] for side in (files[:edge], files[edge:])]
     return sides[0], sides[1], "Python standard library" if source is None else str(folder)
+
+
+def _list_files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*")) if p.suffix in TEXT_SUFFIXES and p.is_file() and _belongs(p, folder)]
 
 
 def _belongs(path: Path, folder: Path) -> bool:

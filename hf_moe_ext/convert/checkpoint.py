@@ -215,16 +215,31 @@ def write_folder(final: str | os.PathLike[str], overwrite: bool = False) -> Iter
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, keep: Path | None = None) -> None:
     """Refuse a taken output before any work is done.
+
+    Args:
+        target: the output folder.
+        overwrite: whether a model's folder, or an empty one, may be replaced; never anything else.
+        keep: a folder that is read from, so the output may not be it or hold it.
 
     Raises:
         FileExistsError: see `write_folder`.
     """
     if target.is_file():
         raise FileExistsError(f"output {target} is a file; name a folder")
-    if target.exists() and not overwrite:
+    if not target.exists():
+        return
+    if not overwrite:
         raise FileExistsError(f"output {target} exists; name a new folder, or ask for it with overwrite (--overwrite)")
+    whole = target.resolve()
+    for kept, what in ((Path.cwd(), "the current folder"), (keep, "the model that is read")):
+        if kept is not None and kept.resolve().is_relative_to(whole):
+            raise FileExistsError(f"output {target} is or holds {what}; name another folder")
+    if any(whole.iterdir()) and not (whole / "config.json").is_file():
+        raise FileExistsError(
+            f"output {target} is no model's folder (no config.json), so it is not replaced; name another"
+        )
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:

@@ -62,7 +62,11 @@ def plan_conversion(
         ValueError: naming the argument, the rule, the value and the next step.
     """
     source = locate_checkpoint(model)
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, TypeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the configuration of {model} cannot be read: {reason}; correct its config.json") from error
     target = _TARGETS.get(config.model_type)
     if target is None:
         raise ValueError(f"to_dcca converts {', '.join(_TARGETS)}; {model} has model_type {config.model_type!r}")

@@ -1,6 +1,7 @@
 """What a conversion did: numbers for machines (JSON) and a table for people."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,7 +65,17 @@ class ConversionReport:
 
     def write(self, folder: Path) -> None:
         """Leave the report beside the weights."""
-        (folder / REPORT_FILE).write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(_without_infinities(self.as_dict()), indent=1, allow_nan=False)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON knows no infinity and no NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory_bytes() -> int | None:

@@ -100,6 +100,7 @@ def distill(
     trainer = _DistillationTrainer(
         model=student, args=arguments, train_dataset=dataset, data_collator=default_data_collator
     )
+    teacher.to(arguments.device)  # type: ignore[arg-type]
     trainer.teacher, trainer.layers = teacher.eval(), layers
     trainer.output_loss_coef = settings.output_loss_coef
     trainer.train()

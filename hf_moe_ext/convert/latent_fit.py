@@ -30,7 +30,15 @@ def descend_subspace(second_moment: Tensor, importance: Tensor, latent_size: int
 
     Returns:
         P [R, H] with orthonormal rows (any basis of the subspace serves; this one is well conditioned).
+
+    Raises:
+        ValueError: C is zero or not finite.
     """
+    if not torch.isfinite(second_moment).all() or not second_moment.diagonal().sum() > 0:
+        raise ValueError(
+            "the layer's inputs on the calibration text are all zero or not finite; check the source's weights (NaN?) and "
+            "that the text is not of padding alone"
+        )
     values, vectors = torch.linalg.eigh(second_moment)
     # Directions the text never showed: kept invertible, so that what they leave free is decided by the importance.
     roots = values.clamp_min(_FLOOR * values.clamp_min(0).mean()).sqrt()

@@ -39,6 +39,20 @@ class FitSettings:
     sequential: bool = True
 
 
+def check_language_model(reader: CheckpointReader) -> None:
+    """Refuse a checkpoint without a language model's own tensors before anything is computed.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    for name in (_EMBEDDING, _NORM):
+        if name not in reader:
+            raise ValueError(
+                f"checkpoint {reader.folder} holds no {name!r}: it was saved from a model without its language-model head, "
+                "or is not one; open it with AutoModelForCausalLM and save that"
+            )
+
+
 def convert_layers(
     plan: ConversionPlan,
     reader: CheckpointReader,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_moe_ext.convert.calibration_text import TokenRows, check_ids, draw_rows, join, split_source
+from hf_moe_ext.convert.calibration_text import TokenRows, check_ids, draw_rows, read_whole, split_source, take_rows
 from hf_moe_ext.convert.checkpoint import (
     DEFAULT_SHARD_BYTES,
     CheckpointReader,
@@ -27,7 +27,7 @@ from hf_moe_ext.convert.checkpoint import (
 from hf_moe_ext.convert.conversion_plan import ConversionPlan, plan_conversion
 from hf_moe_ext.convert.conversion_report import ConversionReport, peak_memory_bytes
 from hf_moe_ext.convert.distillation import DistillationSettings, distill, measure_perplexity
-from hf_moe_ext.convert.layer_conversion import FitSettings, convert_layers
+from hf_moe_ext.convert.layer_conversion import FitSettings, check_language_model, convert_layers
 
 _METHODS = ("data", "svd")
 
@@ -93,7 +93,8 @@ def to_dcca(
     """
     began = time.monotonic()
     target = Path(output)
-    check_target(target, overwrite)
+    check_target(target, overwrite, keep=Path(model))
+    place = _choose_device(device)
     if method not in _METHODS:
         raise ValueError(f"method must be 'data' or 'svd'; got {method!r}")
     for name, value in (("num_tokens", num_tokens), ("num_held_out_tokens", num_held_out_tokens)):
@@ -104,8 +105,8 @@ def to_dcca(
     steps = distillation or DistillationSettings()
     steps.check()
     reader = CheckpointReader(plan.source)
+    check_language_model(reader)
     rows = _token_rows(plan, calibration, held_out, (num_tokens, num_held_out_tokens), length, seed)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = ConversionReport(
         source=str(model),
         output=str(output),
@@ -147,15 +148,15 @@ def _distill_folder(
         return model.to(device)
 
     # AdamW on bfloat16 weights would lose its small steps.
-    student = load(folder, dtype=torch.float32)
+    student, teacher = load(folder, dtype=torch.float32), load(plan.source)
+    dtype = teacher.dtype  # the checkpoint's, whether its config.json says so or not
     report.distillation_losses = distill(
-        student, load(plan.source), rows.calibration, plan.layers, steps, folder / "trainer", seed
+        student, teacher, rows.calibration, plan.layers, steps, folder / "trainer", seed
     )
     report.perplexity_distilled = measure_perplexity(student, rows.held_out)
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
     shutil.rmtree(folder / "trainer", ignore_errors=True)
-    dtype = getattr(torch, str(plan.config.dtype or "float32").removeprefix("torch."))
     student.to(dtype).save_pretrained(folder, max_shard_size=max_shard_bytes)
 
 
@@ -168,20 +169,37 @@ def _token_rows(
     seed: int,
 ) -> TokenRows:
     """Rows to fit on and to measure on; the tokenizer is loaded only for text."""
-    fit, measure, origin = split_source(calibration)
-    if held_out is not None:
-        apart, more, _ = split_source(held_out)
-        fit, measure = join(fit, measure), join(apart, more)
+    if held_out is None:
+        fit, measure, origin = split_source(calibration)
+    else:  # nothing of either needs to be held out
+        (fit, origin), (measure, _) = read_whole(calibration), read_whole(held_out)
 
     def rows(source: Tensor | list[str], count: int, order: int) -> Tensor:
         if isinstance(source, Tensor):
-            return check_ids(source, plan.config.vocab_size)
+            ids, longest = check_ids(source, plan.config.vocab_size), plan.config.max_position_embeddings
+            if ids.shape[1] > longest:
+                raise ValueError(f"token ids have {ids.shape[1]} per row, and the model takes {longest}; cut the rows")
+            return take_rows(ids, count, order)
         from transformers import AutoTokenizer
 
         return draw_rows(source, AutoTokenizer.from_pretrained(plan.source), count, length, order)
 
     # Measured always in the same order: results of several seeds are of the same tokens.
     return TokenRows(rows(fit, num_tokens[0], seed), rows(measure, num_tokens[1], 0), origin)
+
+
+def _choose_device(device: str | torch.device | None) -> torch.device:
+    """The device, tried out.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}; write 'cpu', or leave it out") from error
 
 
 def _choose_length(plan: ConversionPlan, length: int | None) -> int:

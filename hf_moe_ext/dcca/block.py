@@ -87,6 +87,14 @@ class DccaGatedExperts(_LatentExperts):
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that may be looked at: no outline, no tracer, no recording of a CUDA graph."""
+    if type(tensor) is not Tensor or tensor.device.type == "meta":
+        return False
+    recorded = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not recorded and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 class SharedExpert(nn.Module):
     """An expert of full width that every token passes, of the same form as the routed ones."""
 
@@ -140,8 +148,8 @@ class DccaMoeBlock(nn.Module):
         _, weights, index = self.gate(tokens)
         # The experts sum over the chosen ones, here or on the ranks that hold them; ascend is linear, so once is enough.
         latent = self.experts(self.descend(tokens), index, weights)
-        if not torch.compiler.is_compiling():
-            # Read only once the loss is not finite, to name the layer; keeping it costs one pass and no wait.
+        if self.training and not torch.compiler.is_compiling() and is_plain(latent):
+            # Read after the forward, to name the layer that went wrong; keeping it costs one pass and no wait.
             dtype = torch.promote_types(latent.dtype, torch.float32)
             self.last_latent_magnitude = torch.linalg.vector_norm(latent.detach(), dtype=dtype)
         if hasattr(self, "latent_norm"):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAME = "latent_all_to_all"
 
@@ -43,6 +44,8 @@ class Exchange:
 def explained(layer: str, what: str, group: Any) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # this rank's own
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         late = "timed out" in reason.lower() or "timeout" in reason.lower()
@@ -77,6 +80,7 @@ class SendRows(torch.autograd.Function):
         return pending_rows.wait(), _from_integers(bits, weights.dtype), codes
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: Tensor) -> tuple[Any, ...]:
         route = ctx.route
         pending: list[Exchange | None] = [None, None]
@@ -98,6 +102,7 @@ class ReturnRows(torch.autograd.Function):
         return Exchange(rows, route.send_rows, route.receive_rows, route, "return").wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         route = ctx.route
         return Exchange(grad, route.receive_rows, route.send_rows, route, "backward return").wait(), None

@@ -86,7 +86,7 @@ def initial_scales(
     inner_standard = preactivation * activation_rms(act, preactivation)
     inner = activation_rms(expert_act, preactivation) * (preactivation if gated else 1.0)
     output = initializer_range * sqrt(intermediate_size) * inner_standard
-    down = output / (sqrt(expert_intermediate_size) * inner)
+    down = output / (sqrt(expert_intermediate_size) * inner) if inner else 0.0  # initializer_range may be 0
     normed = 1.0 if combined_norm is None else sqrt((output * combined_norm) ** 2 + norm_eps)
     ascend = normed / sqrt(latent_size)
     return InitialScales(descend=1 / sqrt(hidden_size), up=preactivation / sqrt(latent_size), down=down, ascend=ascend)

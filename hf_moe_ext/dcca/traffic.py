@@ -139,7 +139,7 @@ def _read_config(source: str) -> PreTrainedConfig:
         raise TrafficError(f"{source} has no config.json; pass a Hub id, a folder that has one, or the file itself")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrafficError(
             f"the configuration of {source!r} cannot be read: {_first_line(error)}; pass a Hub id, a folder or a "
             "config.json that Transformers knows"
@@ -250,7 +250,7 @@ def read_measurement(path: Path) -> dict[str, Any]:
         raise TrafficError(
             f"--measured {path} is not JSON: {_first_line(error)}; pass traffic.json of a run"
         ) from error
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
+    if not isinstance(report, dict) or report.get("format") != FORMAT or not {"num_steps", "flows"} <= report.keys():
         raise TrafficError(f"--measured {path} holds no {FORMAT!r} report; pass traffic.json of a run")
     return report
 

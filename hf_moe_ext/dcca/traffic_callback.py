@@ -35,6 +35,12 @@ class TrafficCallback(TrainerCallback):
         self.counted_steps = 0
         self._inside = False
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave a step that an error ended in an earlier run; its half is not counted as a step."""
+        if self._inside:
+            self._inside = False
+            self.meter.__exit__(None, None, None)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count from here, over all micro-batches."""
         if not self._inside and (self.num_steps is None or self.counted_steps < self.num_steps):

@@ -49,15 +49,22 @@ class MoeBlockKeys:
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # of a stock config.json: this class has its own
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        config: Any = self
-        _check_blocks(config)
-        if DCCA in config.moe_blocks:
-            _check_kinds(config)
-            _resolve(config)
-        else:
-            _warn_without_effect(config)
+        self.resolve_blocks()
+        if DCCA not in self.moe_blocks:
+            _warn_without_effect(self)
         # The classes cannot be registered while Transformers is being imported, and nobody needs them before this.
         importlib.import_module("hf_moe_ext.models.modeling")
+
+    def resolve_blocks(self) -> None:
+        """Check the keys and fill in what is open; the models call it again before they build their blocks.
+
+        Raises:
+            ValueError, TypeError: see the class.
+        """
+        _check_blocks(self)
+        if DCCA in self.moe_blocks:
+            _check_kinds(self)
+            _resolve(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -151,6 +158,12 @@ def _resolve(config: Any) -> None:
     hidden_size = config.hidden_size
     if config.moe_latent_size is None:
         config.moe_latent_size = hidden_size // 4
+        if config.moe_latent_size % ALIGNMENT:
+            nearest = max(ALIGNMENT, round(config.moe_latent_size / ALIGNMENT) * ALIGNMENT)
+            raise ValueError(
+                f"moe_latent_size is hidden_size // 4 = {config.moe_latent_size} by default, which is not a multiple of "
+                f"{ALIGNMENT}, as grouped_mm needs; write moe_latent_size={nearest}"
+            )
     latent_size = config.moe_latent_size
     if not 1 <= latent_size <= hidden_size:
         raise ValueError(f"moe_latent_size must be from 1 to hidden_size={hidden_size}, got {latent_size}")

@@ -55,7 +55,7 @@ def check_distribution(
         ValueError: the layout cannot be taken; the message says what to write.
     """
     given = distributed_config if isinstance(distributed_config, dict) else {}
-    layout: Any = DistributedConfig.from_dict(given) if given else distributed_config
+    layout: Any = DistributedConfig.from_dict(given) if isinstance(distributed_config, dict) else distributed_config
     if layout.dp_size * layout.tp_size * layout.pp_size == 1:
         return  # Transformers distributes nothing
     _check_sizes(layout, bool(given.get("enable_expert_parallel")), num_processes)

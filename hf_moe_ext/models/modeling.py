@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM, OlmoeModel, OlmoeTopKRouter
 
-from hf_moe_ext.dcca.block import DccaMoeBlock
+from hf_moe_ext.dcca.block import DccaMoeBlock, is_plain
 from hf_moe_ext.models.configuration import DCCA, MixtralExtConfig, OlmoeExtConfig
 from hf_moe_ext.models.distribution import check_distribution, count_processes
 from hf_moe_ext.models.expert_gradients import divide_expert_gradients_once
@@ -29,7 +29,10 @@ class ChosenBlocks:
     def post_init(self) -> None:
         """Exchange the blocks before the weights are drawn, then what every model does."""
         model: Any = self
-        for layer, block in zip(getattr(model, "layers", ()), model.config.moe_blocks, strict=False):
+        # Keys may have been changed since the configuration was made.
+        model.config.resolve_blocks()
+        layers = getattr(model, "layers", ())
+        for layer, block in zip(layers, model.config.moe_blocks[: len(layers)], strict=True):
             if block == DCCA:
                 layer.mlp = DccaMoeBlock(model.config, self.router_class(model.config))
         super().post_init()  # type: ignore[misc]
@@ -160,21 +163,31 @@ class MixtralExtForCausalLM(ChosenBlocksForCausalLM, MixtralForCausalLM, Generat
         self._build(config, MixtralExtModel(config))
 
 
-def _name_latent(model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-    """After the forward: if the loss is not finite, raise naming the first layer whose combined latent is not either."""
-    if torch.compiler.is_compiling():
+def _name_latent(model: Any, _: tuple[Any, ...], output: Any) -> None:
+    """After a forward in training: raise naming the first layer whose combined latent is not finite.
+
+    Only where the loss is not finite either, or where the caller computes it (label smoothing, distillation). Not inside
+    ``torch.compile``, which cannot stop to look.
+    """
+    if not model.training or torch.compiler.is_compiling():
         return
     loss = output[0] if isinstance(output, tuple) else output.loss
-    # Waiting for the loss costs nothing that the Trainer does not wait for itself.
-    if loss is None or loss.ndim > 0 or torch.isfinite(loss):
+    if loss is not None and loss.ndim == 0 and (not is_plain(loss) or torch.isfinite(loss)):
         return
-    for name, module in model.named_modules():
-        magnitude = getattr(module, "last_latent_magnitude", None)
-        if magnitude is not None and not torch.isfinite(magnitude):
-            raise FloatingPointError(
-                f"the loss is not finite, and {name} is the first layer whose combined latent is not; lower the learning "
-                "rate, train in bfloat16 rather than float16, or set moe_latent_norm=True"
-            )
+    blocks = {
+        name: getattr(layer.mlp, "last_latent_magnitude", None) for name, layer in model.model.layers.named_children()
+    }
+    magnitudes = {name: value for name, value in blocks.items() if value is not None}
+    if not magnitudes:
+        return
+    first = next(iter(magnitudes.values()))
+    finite = torch.isfinite(torch.stack([value.to(first.device) for value in magnitudes.values()])).tolist()
+    if not all(finite):
+        name = list(magnitudes)[finite.index(False)]
+        raise FloatingPointError(
+            f"the combined latent of model.layers.{name}.mlp is not finite, and it is the first layer of which that is so; "
+            "lower the learning rate, train in bfloat16 rather than float16, or set moe_latent_norm=True"
+        )
 
 
 _LAYER = re.compile(r"layers\.(\d+)\.")

@@ -1,6 +1,6 @@
 """DCCA against the stock MoE block at equal expert parameters: loss, bytes, step and link times, decoding, a probe.
 
-    python recipes/benchmarks/dcca.py --preset cpu4 [--part loss|probe|step|link|decode|bytes] [--card_dir model_cards]
+    python recipes/benchmarks/dcca.py --preset cpu4 [--part loss time probe step link decode bytes] [--card_dir model_cards]
 
 Each part replaces or joins its numbers in `dcca-pretrain.json` (loss, probe) and `dcca-speed.json` (the others) of the
 card folder, with the command that made them; the cards and figures are rendered from those files. Without `--part` all

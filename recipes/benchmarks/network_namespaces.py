@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,7 +72,7 @@ def make_lab(num_ranks: int) -> Iterator[Lab]:
             # `cat` on a pipe of ours says when the namespace is there, and ends with the pipe too.
             command = ["unshare", "--net", "sh", "-c", "echo; exec cat"]
             holder = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=end_with_parent
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=end_with_parent()
             )
             holders.append(holder)
             assert holder.stdout is not None
@@ -101,11 +101,16 @@ def make_lab(num_ranks: int) -> Iterator[Lab]:
                 pipe.close()
 
 
-def end_with_parent() -> None:
-    """In a child before it runs: be killed when the parent dies. Threads die alone, so start it from the main one."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)  # it has died already
+def end_with_parent() -> Callable[[], None]:
+    """What a child calls before it runs, to be killed when this process dies. Start it from the main thread, not another."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # it has died already
+
+    return prepare
 
 
 def _run(command: list[str]) -> None:

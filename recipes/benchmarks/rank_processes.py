@@ -43,7 +43,7 @@ def run_job(job: dict[str, Any], num_ranks: int, lab: Lab | None = None, timeout
                         env=_environment(rank, num_ranks, port, lab),
                         stdout=output,
                         stderr=subprocess.STDOUT,
-                        preexec_fn=end_with_parent,
+                        preexec_fn=end_with_parent(),
                     )
                 processes.append(process)
             _wait(processes, logs, timeout_s)

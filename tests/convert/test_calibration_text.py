@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_moe_ext.convert.calibration_text import check_ids, draw_rows, join, read_passages, split_source
+from hf_moe_ext.convert.calibration_text import check_ids, draw_rows, read_passages, read_whole, split_source, take_rows
 from support.words import build_tokenizer
 
 
@@ -54,9 +54,13 @@ def test_ids_are_checked_and_split() -> None:
     ids = torch.arange(64).view(16, 4)
     fit, measure, origin = split_source(ids)
     assert (len(fit), len(measure), origin) == (14, 2, "token ids")
-    assert torch.equal(join(fit, measure), ids)  # type: ignore[arg-type]
-    assert join(["a"], ["b"]) == ["a", "b"]
-    assert check_ids(ids, 64) is ids
+    assert torch.equal(torch.cat([fit, measure]), ids)  # type: ignore[list-item]
+    assert read_whole(ids)[0] is ids
+    assert torch.equal(check_ids(ids.int(), 64), ids)
+    assert check_ids(ids.int(), 64).dtype == torch.int64
+    assert len(take_rows(ids, num_tokens=10, seed=0)) == 2
+    assert len(take_rows(ids, num_tokens=1, seed=0)) == 1
+    assert not torch.equal(take_rows(ids, 40, 0), take_rows(ids, 40, 1))
     for bad, words in (
         (ids.float(), "integers"),
         (ids.flatten(), "integers"),
@@ -76,3 +80,21 @@ def test_no_text_is_refused(tmp_path: Path) -> None:
         read_passages(tmp_path / "missing")
     with pytest.raises(ValueError, match="holds 0 files"):
         read_passages(tmp_path)
+
+
+def test_a_tokenizer_that_knows_no_text_is_refused() -> None:
+    class Deaf:
+        bos_token_id = eos_token_id = 1
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": []}
+
+    with pytest.raises(ValueError, match="makes 0 different tokens of the whole text: its files are missing"):
+        draw_rows(["text"] * 64, Deaf(), num_tokens=32, length=8, seed=0)
+
+
+def test_a_folder_of_one_file_serves_where_nothing_is_held_out(tmp_path) -> None:
+    (tmp_path / "only.txt").write_text("one file")
+    assert read_whole(tmp_path) == (["one file"], str(tmp_path))
+    with pytest.raises(ValueError, match="holds 1 files"):
+        split_source(tmp_path)

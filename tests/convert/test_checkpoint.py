@@ -16,6 +16,7 @@ from hf_moe_ext.convert.checkpoint import (
     SINGLE_FILE,
     CheckpointReader,
     CheckpointWriter,
+    check_target,
     copy_side_files,
     write_folder,
 )
@@ -115,14 +116,14 @@ def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write_half(final)
     assert list(final.parent.iterdir()) == []
     with write_folder(final) as staging:
-        (staging / "one").write_text("1")
+        (staging / "config.json").write_text("1")
         assert not final.exists()
-    assert (final / "one").read_text() == "1"
+    assert (final / "config.json").read_text() == "1"
     with pytest.raises(FileExistsError, match="exists; name a new folder"), write_folder(final):
         pytest.fail("must not start")
     with pytest.raises(RuntimeError, match="in between"):
         write_half(final, overwrite=True)
-    assert (final / "one").read_text() == "1"
+    assert (final / "config.json").read_text() == "1"
     with write_folder(final, overwrite=True) as staging:
         (staging / "two").write_text("2")
     assert [p.name for p in final.iterdir()] == ["two"]
@@ -130,6 +131,22 @@ def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"), write_folder(tmp_path / "file", overwrite=True):
         pytest.fail("must not start")
+
+
+def test_only_a_models_folder_is_replaced_and_never_what_is_read_or_stood_in(tmp_path, monkeypatch):
+    model = tmp_path / "runs" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    for target in (model, model.parent):
+        with pytest.raises(FileExistsError, match="is or holds the model that is read"):
+            check_target(target, overwrite=True, keep=model)
+    with pytest.raises(FileExistsError, match="is no model's folder"):
+        check_target(model.parent, overwrite=True)
+    monkeypatch.chdir(model)
+    with pytest.raises(FileExistsError, match="is or holds the current folder"):
+        check_target(Path(), overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    check_target(model, overwrite=True)
 
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def test_existing_output_is_kept_unless_asked(source: Path, rows: Tensor, tmp_pa
     with pytest.raises(FileExistsError, match=r"exists; name a new folder, or ask for it with overwrite"):
         to_dcca(source, output, rows, latent_size=8)
     assert [p.name for p in output.iterdir()] == ["mine"]
+    (output / "config.json").write_text("{}")  # what says that it is a model's folder
     to_dcca(source, output, rows, latent_size=8, overwrite=True)
     assert not (output / "mine").exists()
 

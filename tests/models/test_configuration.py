@@ -53,7 +53,7 @@ def test_equal_parameters_up_to_alignment(hidden, inner, latent, gated):
         ({"moe_latent_size": 0}, "moe_latent_size must be from 1 to hidden_size=32, got 0"),
         ({"moe_latent_size": 40}, "moe_latent_size must be from 1 to hidden_size=32, got 40"),
         ({"moe_latent_size": 12}, "moe_latent_size=12 is not a multiple of 8.*write moe_latent_size=16"),
-        ({"hidden_size": 48}, "moe_latent_size=12 is not a multiple of 8"),
+        ({"hidden_size": 48}, "moe_latent_size is hidden_size // 4 = 12 by default.*write moe_latent_size=16"),
         ({"moe_expert_intermediate_size": 20}, "moe_expert_intermediate_size=20 is not a multiple of 8"),
         ({"moe_expert_intermediate_size": 0}, "must be at least 1, got 0"),
         ({"moe_shared_expert_intermediate_size": -1}, "must be 0 .none. or a width, got -1"),

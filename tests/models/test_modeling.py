@@ -227,7 +227,8 @@ def test_names_on_disk():
 
 def test_copies_pickles_and_pipelines(tmp_path):
     model = make_model("olmoe_ext", "full")
-    model(IDS)  # leaves what it remembers of its last forward
+    model.train()(IDS)  # leaves what it remembers of its last forward
+    model.eval()
     assert torch.equal(copy.deepcopy(model)(IDS).logits, model(IDS).logits)
     generated = pipeline("text-generation", model, tokenizer=trainers.tokenizer())("t5 t6", max_new_tokens=3)
     assert generated[0]["generated_text"].startswith("t5 t6")
@@ -277,13 +278,56 @@ def test_a_latent_that_is_not_finite_names_its_layer(family):
     model = make_model(family, "full")
     with torch.no_grad():
         model.model.layers[1].mlp.descend.weight[3, 3] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"model\.layers\.1\.mlp is the first layer"):
+    model.train()
+    message = r"latent of model\.layers\.1\.mlp is not finite"
+    with pytest.raises(FloatingPointError, match=message):
         model(IDS, labels=IDS)
-    model(IDS)  # no loss, nothing to check
+    with pytest.raises(FloatingPointError, match=message):
+        model(IDS)  # the loss is the caller's
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(FloatingPointError, match=message):
+        model(inputs_embeds=model.get_input_embeddings()(IDS), labels=IDS)
+
+
+def test_label_smoothing_in_the_trainer_does_not_hide_a_bad_latent(tmp_path):
+    model = make_model("olmoe_ext", "ungated").train()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.fill_(float("nan"))
+    settings = trainers.arguments(tmp_path, label_smoothing_factor=0.1)
+    trainer = trainers.build_trainer("Trainer", model, settings, trainers.rows(), [])
+    with pytest.raises(FloatingPointError, match=r"model\.layers\.0\.mlp"):
+        trainer.train()
+
+
+def test_outlines_and_function_transforms_run_as_with_the_stock_model():
+    model = make_model("olmoe_ext", "ungated", experts_implementation="batched_mm").train()
+    names, weights = zip(*model.named_parameters(), strict=True)
+
+    def loss(weights, ids):
+        values = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(model, values, (ids[None],), {"labels": ids[None]}).loss
+
+    gradient = torch.func.grad(loss)(weights, IDS[0])
+    assert float(gradient[0].detach().abs().max()) > 0
+    assert torch.equal(copy.deepcopy(model).eval()(IDS).logits, model.eval()(IDS).logits)
+    outline = model.to("meta").train()
+    assert outline(IDS.to("meta"), labels=IDS.to("meta")).loss.device.type == "meta"
+
+
+def test_a_configuration_changed_after_it_was_made(tmp_path):
+    config = make_config("olmoe_ext", "standard")
+    config.moe_block = "dcca"
+    model = OlmoeExtForCausalLM(config)
+    assert model.model.layers[0].mlp.descend.weight.shape == (8, 32)
+    config = make_config("olmoe_ext", "mixed")
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="moe_block lists 2 blocks for num_hidden_layers=3"):
+        OlmoeExtForCausalLM(config)
 
 
 def test_another_reason_for_a_bad_loss_is_not_put_on_a_latent():
     model = make_model("olmoe_ext", "ungated")
+    model.train()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     assert torch.isnan(model(IDS, labels=IDS).loss)

@@ -104,6 +104,7 @@ def test_keys_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:
         (["--num_local_experts_", "4"], ["Unknown argument"]),
         (["--model_config", "missing.json"], ["--model_config missing.json cannot be read"]),
         (["--model_config", "stock.json"], ["model_type must be olmoe_ext or mixtral_ext", "'llama'"]),
+        (["--model_config", "ours.json", "--model_type", "mixtral_ext"], ["mixtral_ext", "contradict each other"]),
         (["--model_config", "typo.yaml"], ["no configuration key 'hiden_size'", "hidden_size"]),
         (["--sliding_window", "8"], ["olmoe_ext has no configuration key 'sliding_window'"]),
         (["--ep_size", "2", "--save_strategy", "no"], ["--ep_size 2", "number of processes, which is 1"]),
@@ -121,6 +122,7 @@ def test_mistakes_exit_with_two_and_write_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stock.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "ours.json").write_text('{"model_type": "olmoe_ext"}')
     (tmp_path / "typo.yaml").write_text("hiden_size: 8\n")
     before = sorted(tmp_path.rglob("*"))
     assert pretrain.main([f"--source_dir={source_dir}", "--use_cpu", "--output_dir", "out/run", *words]) == 2
