@@ -48,12 +48,12 @@ class StepPreset:
     num_experts: int = 64
     top_k: int = 8
     latent_size: int = 256
-    batch_size: int = 2
+    batch_size: int = 4
     length: int = 256
     link_batch_size: int = 4
-    rounds: int = 8
-    steps: int = 2
-    link_rounds: int = 4
+    rounds: int = 5
+    steps: int = 1
+    link_rounds: int = 3
     link_share: float = 0.85
     num_ranks: tuple[int, ...] = (1, 2, 4)
     link_ranks: int = 4
