@@ -65,7 +65,8 @@ def _fits(runs: list[dict[str, Any]]) -> str:
 def _distilled(runs: list[dict[str, Any]], results: dict[str, Any]) -> str:
     lines = [
         f"\nDistilled for {results['distill_steps']} steps of 4 x 256 tokens (KL divergence to the source's predictions, peak "
-        f"rate {results['learning_rate']:g}; fitted and distilled on {results['distill_tokens']:,} tokens):\n",
+        f"rate {results['learning_rate']:g}; fitted and distilled on {results['distill_tokens']:,} tokens; seeds "
+        f"{', '.join(str(seed) for seed in sorted({run['seed'] for run in runs}))}):\n",
         "| R / H | source | converted | distilled | of the gap recovered | seconds |",
         "|---:|---:|---|---|---|---:|",
     ]

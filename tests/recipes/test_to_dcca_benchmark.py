@@ -28,12 +28,16 @@ def test_every_cell_once():
     assert {cell.seed for cell in cells if cell.distill_steps} == {0, 1, 2}
 
 
-def test_a_run_in_small(tmp_path, source_dir):
+def test_a_run_in_small(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(24):  # words that the tokenizer knows
+        (texts / f"module_{i}.py").write_text(" ".join(f"w{3 + (i * j + j * j) % 90}" for j in range(200)))
     model = zoo.build("olmoe", max_position_embeddings=64)
     model.save_pretrained(tmp_path / "source")
     build_tokenizer().save_pretrained(tmp_path / "source")
     flags = {
-        **{"source": tmp_path / "source", "source_dir": source_dir, "work_dir": tmp_path / "work"},
+        **{"source": tmp_path / "source", "source_dir": texts, "work_dir": tmp_path / "work"},
         **{"card_dir": tmp_path / "cards", "sequence_length": 32, "num_tokens": 512, "distill_tokens": 512},
         **{"held_out_tokens": 256, "distill_steps": 2, "ratios": 0.5, "distill_ratios": 0.5, "seeds": 0},
     }
