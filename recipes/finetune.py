@@ -6,8 +6,6 @@ Without arguments it runs `configs/quickstart_r.yaml`: no network, two cores, a 
 """
 
 import json
-import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ from transformers.utils import logging
 
 from accelerate import PartialState
 from built_in_data import build_built_in
-from cpu_processes import find_missing_processes, start_processes
-from distribution import check_distributed_model, check_distribution
+from distribution import check_distributed_model
+from entry import refuse_common_mistakes, run_recipe
 from evaluation import sum_answer_nats
 from finetune_arguments import (
     QUICKSTART_MODEL,
@@ -43,8 +41,6 @@ from finetune_model import (
 from held_out import HeldOut, MeasureFirst, Measurement, read_measurement
 from hf_moe_ext import RouterLoadCallback, param_groups
 from output_folder import (
-    check_hub_login,
-    check_output_folder,
     claim_output_folder,
     find_checkpoint,
     push_folder,
@@ -71,19 +67,7 @@ BEFORE = "before.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit code is 2 for a mistake of the user's, of which nothing is written."""
-    first_process = os.environ.get("RANK", "0") == "0"
-    try:
-        arguments = parse_arguments(argv)
-        if argv is None and (missing := find_missing_processes()):
-            check_output_folder(arguments)  # here the exit code is still ours to choose
-            check_distribution(arguments.model, arguments.training, missing)
-            return start_processes(missing, __file__, sys.argv[1:])
-        finetune(arguments, shlex.join(["recipes/finetune.py", *(sys.argv[1:] if argv is None else argv)]))
-    except UserError as error:
-        if first_process:
-            print(f"finetune.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_recipe(__file__, parse_arguments, finetune, argv)
 
 
 def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
@@ -147,14 +131,9 @@ class Trained:
 
 def refuse_mistakes(arguments: Arguments) -> None:
     """Refuse what can be refused before anything takes time or is written; warn about settings without effect."""
-    logging.set_verbosity_warning()
-    if not torch.accelerator.is_available():
-        arguments.training.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
+    refuse_common_mistakes(arguments)
     for sentence in find_idle_settings(arguments):
         logger.warning(sentence)
-    check_distribution(arguments.model, arguments.training, arguments.training.world_size)
-    check_output_folder(arguments)
-    check_hub_login(arguments)
     if wants_resume(arguments) and arguments.adapter.peft == "full":
         raise UserError(
             "--resume_from_checkpoint with --peft full: the Trainer reads such a checkpoint tensor by tensor, and the "

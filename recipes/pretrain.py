@@ -7,8 +7,6 @@ network, two cores, a few minutes.
 """
 
 import math
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, defa
 from transformers.utils import logging
 
 from accelerate import PartialState
-from cpu_processes import find_missing_processes, start_processes
-from distribution import check_distribution
+from entry import refuse_common_mistakes, run_recipe
 from evaluation import RowLosses, measure_losses, sum_answer_nats
-from finetune_arguments import UserError
 from held_out import MeasureFirst, Measurement, read_measurement
-from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint, push_folder
+from output_folder import claim_output_folder, find_checkpoint, push_folder
 from pretrain_arguments import PretrainArguments, parse_pretrain_arguments
 from pretrain_data import Packed, Texts, pack, prepare_tokenizer, read_texts
 from pretrain_model import build_config, build_model, check_model, describe_model, save_model
@@ -41,18 +37,7 @@ NGRAM_ORDER = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; the exit code is 2 for a mistake of the user's, of which nothing is written."""
-    try:
-        arguments = parse_pretrain_arguments(argv)
-        if argv is None and (missing := find_missing_processes()):
-            check_output_folder(arguments)  # here the exit code is still ours to choose
-            check_distribution(arguments.model, arguments.training, missing)
-            return start_processes(missing, __file__, sys.argv[1:])
-        pretrain(arguments, shlex.join(["recipes/pretrain.py", *(sys.argv[1:] if argv is None else argv)]))
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"pretrain.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_recipe(__file__, parse_pretrain_arguments, pretrain, argv)
 
 
 def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
@@ -66,7 +51,8 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
         What `metrics.json` holds.
     """
     clock, training = Clock(), arguments.training
-    refuse_mistakes(arguments)
+    refuse_common_mistakes(arguments)
+    check_model(arguments)
     checkpoint = find_checkpoint(arguments)
     known = None if checkpoint is None else read_measurement(checkpoint, BEFORE)
     with clock("data"), training.main_process_first(desc="read data"):
@@ -117,17 +103,6 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
         write_files(arguments, metrics, clock)
     PartialState().wait_for_everyone()
     return metrics
-
-
-def refuse_mistakes(arguments: PretrainArguments) -> None:
-    """Refuse what can be refused before anything takes time or is written."""
-    logging.set_verbosity_warning()
-    if not torch.accelerator.is_available():
-        arguments.training.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
-    check_distribution(arguments.model, arguments.training, arguments.training.world_size)
-    check_output_folder(arguments)
-    check_hub_login(arguments)
-    check_model(arguments)
 
 
 def build_trainer(

@@ -55,11 +55,6 @@ class CheckpointReader:
         """Every tensor, in the order of the shards."""
         return list(self._shard_of)
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all shards."""
-        return sum(path.stat().st_size for path in set(self._shard_of.values()))
-
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of this name."""
         return name in self._shard_of

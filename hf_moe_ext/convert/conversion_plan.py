@@ -9,7 +9,13 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from hf_moe_ext.models.configuration import ALIGNMENT, DCCA, MixtralExtConfig, OlmoeExtConfig
+from hf_moe_ext.models.configuration import (
+    ALIGNMENT,
+    DCCA,
+    MixtralExtConfig,
+    OlmoeExtConfig,
+    nearest_aligned,
+)
 
 _TARGETS: dict[str, type] = {
     "mixtral": MixtralExtConfig,
@@ -158,15 +164,15 @@ def _choose_latent_size(hidden_size: int, latent_size: int | None, ratio: float 
         share = 0.25 if ratio is None else ratio
         if not 0 < share <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1; got {ratio!r}")
-        return min(max(ALIGNMENT, round(share * hidden_size / ALIGNMENT) * ALIGNMENT), hidden_size)
+        return min(nearest_aligned(share * hidden_size), hidden_size)
     if isinstance(latent_size, bool) or not isinstance(latent_size, int):
         raise TypeError(f"latent_size must be an integer; got {latent_size!r}")
     if not 1 <= latent_size <= hidden_size:
         raise ValueError(f"latent_size must be from 1 to hidden_size={hidden_size}; got {latent_size}")
     if latent_size % ALIGNMENT:
-        nearest = max(ALIGNMENT, round(latent_size / ALIGNMENT) * ALIGNMENT)
         raise ValueError(
-            f"latent_size must be a multiple of {ALIGNMENT} (grouped_mm); got {latent_size}, write {nearest}"
+            f"latent_size must be a multiple of {ALIGNMENT} (grouped_mm); got {latent_size}, write "
+            f"{nearest_aligned(latent_size)}"
         )
     return latent_size
 

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from hf_moe_ext.dcca.initialization import combined_weight_norm, initial_scales
+from hf_moe_ext.host.families import normalizes_top_k
 
 
 class _LatentExperts(nn.Module):
@@ -167,7 +168,7 @@ class DccaMoeBlock(nn.Module):
                 config.num_local_experts,
                 config.num_experts_per_tok,
                 logit_std=config.initializer_range * config.hidden_size**0.5,
-                normalized=getattr(config, "norm_topk_prob", True),  # Mixtral always does and has no key
+                normalized=normalizes_top_k(self.experts),
             )
         scales = initial_scales(
             hidden_size=config.hidden_size,

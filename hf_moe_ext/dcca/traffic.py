@@ -10,10 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_moe_ext.dcca.traffic_callback import FORMAT
+from hf_moe_ext.host.blocks import read_experts
+from hf_moe_ext.host.families import ACTIVE_KEYS, active_experts
 from hf_moe_ext.scaling import cost
-
-# The keys under which Transformers' configurations hold the experts of a token.
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "top_k")
 
 
 class TrafficError(ValueError):
@@ -159,17 +158,13 @@ def _build_on_meta(config: PreTrainedConfig) -> Any:
 
 
 def _read_layer(name: str, experts: Any) -> MoeLayer:
-    first = next((getattr(experts, key) for key in ("gate_up_proj", "up_proj") if hasattr(experts, key)), None)
-    config: Any = getattr(experts, "config", None)
-    choices = [getattr(config, key, None) for key in _TOP_K_KEYS]
-    top_k = next((value for value in choices if isinstance(value, int)), None)
-    if first is None or top_k is None:
+    site, top_k = read_experts(name, experts), active_experts(experts)
+    if site is None or top_k is None:
         raise TrafficError(
-            f"{name} ({type(experts).__name__}): its width or experts per token cannot be read; supported are experts with "
-            f"stacked gate_up_proj or up_proj and a configuration with one of {', '.join(_TOP_K_KEYS)}"
+            f"{name} ({type(experts).__name__}): its width or experts per token cannot be read; supported are experts that "
+            f"take (hidden_states, index, weights) and a configuration with one of {', '.join(ACTIVE_KEYS)}"
         )
-    width = first.shape[1] if getattr(experts, "is_transposed", False) else first.shape[2]
-    return MoeLayer(name, int(width), int(config.hidden_size), int(first.shape[0]), top_k)
+    return MoeLayer(name, site.hidden_size, int(experts.config.hidden_size), site.num_experts, top_k)
 
 
 def compute_traffic(

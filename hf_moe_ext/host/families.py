@@ -127,7 +127,7 @@ FAMILIES: dict[str, bool | str] = {
     ),
 }
 
-_ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token", "top_k_experts")
+ACTIVE_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token", "top_k_experts")
 
 
 def normalizes_top_k(experts: nn.Module, model_config: Any = None) -> bool:
@@ -161,7 +161,7 @@ def normalizes_top_k(experts: nn.Module, model_config: Any = None) -> bool:
 def active_experts(experts: nn.Module) -> int | None:
     """Experts per token of the base model, as its configuration says; None if it does not."""
     config = getattr(experts, "config", None)
-    values = (getattr(config, key, None) for key in _ACTIVE_KEYS)
+    values = (getattr(config, key, None) for key in ACTIVE_KEYS)
     return next((value for value in values if isinstance(value, int)), None)
 
 

@@ -18,20 +18,15 @@ BLOCKS = (STANDARD, DCCA)
 # What `grouped_mm` aligns rows to, 16 bytes, in elements of the narrowest dtype we train in (bfloat16).
 ALIGNMENT = 8
 
-_DCCA_DEFAULTS: dict[str, Any] = {
-    "moe_latent_size": None,
-    "moe_expert_gated": False,
-    "moe_expert_intermediate_size": None,
-    "moe_expert_act": None,
-    "moe_latent_norm": False,
-    "moe_shared_expert_intermediate_size": 0,
-}
+
+def nearest_aligned(width: float) -> int:
+    """The nearest width that ``grouped_mm`` aligns."""
+    return max(ALIGNMENT, round(width / ALIGNMENT) * ALIGNMENT)
 
 
 def equal_expert_width(hidden_size: int, intermediate_size: int, latent_size: int, gated: bool) -> int:
     """Inner width of a latent expert with as many parameters as a stock one, 3HI = 2RF or 3RF, rounded to alignment."""
-    width = 3 * hidden_size * intermediate_size / ((3 if gated else 2) * latent_size)
-    return max(ALIGNMENT, round(width / ALIGNMENT) * ALIGNMENT)
+    return nearest_aligned(3 * hidden_size * intermediate_size / ((3 if gated else 2) * latent_size))
 
 
 @dataclass(kw_only=True, repr=False)
@@ -159,10 +154,9 @@ def _resolve(config: Any) -> None:
     if config.moe_latent_size is None:
         config.moe_latent_size = hidden_size // 4
         if config.moe_latent_size % ALIGNMENT:
-            nearest = max(ALIGNMENT, round(config.moe_latent_size / ALIGNMENT) * ALIGNMENT)
             raise ValueError(
                 f"moe_latent_size is hidden_size // 4 = {config.moe_latent_size} by default, which is not a multiple of "
-                f"{ALIGNMENT}, as grouped_mm needs; write moe_latent_size={nearest}"
+                f"{ALIGNMENT}, as grouped_mm needs; write moe_latent_size={nearest_aligned(config.moe_latent_size)}"
             )
     latent_size = config.moe_latent_size
     if not 1 <= latent_size <= hidden_size:
@@ -185,15 +179,14 @@ def _resolve(config: Any) -> None:
     for name in ("moe_latent_size", "moe_expert_intermediate_size"):
         width = getattr(config, name)
         if width % ALIGNMENT:
-            nearest = max(ALIGNMENT, round(width / ALIGNMENT) * ALIGNMENT)
             raise ValueError(
                 f"{name}={width} is not a multiple of {ALIGNMENT}, which grouped_mm needs (rows of 16 bytes in "
-                f"bfloat16); write {name}={nearest}"
+                f"bfloat16); write {name}={nearest_aligned(width)}"
             )
 
 
 def _warn_without_effect(config: Any) -> None:
-    given = [name for name, default in _DCCA_DEFAULTS.items() if getattr(config, name) != default]
+    given = [f.name for f in fields(MoeBlockKeys) if f.name != "moe_block" and getattr(config, f.name) != f.default]
     if given:
         logger.warning(
             f"{', '.join(given)}: no effect, because every layer has moe_block='standard'; write moe_block='dcca'"

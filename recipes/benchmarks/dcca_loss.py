@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from cells import RECIPES, Cell, run_cells
 from dcca_presets import LossPreset
-from step_cost import time_steps, training_step
+from step_cost import quartiles, ratio_quartiles, time_steps, training_step
 from transformers import AutoModelForCausalLM
 
 from built_in_data import split_train_modules
@@ -246,7 +246,7 @@ def compare_equal_times(preset: LossPreset, loss: dict[str, Any] | None) -> dict
     return {
         "step_seconds": {arm: quartiles(values) for arm, values in seconds.items()},
         "ratios": {
-            f"{mine} / {theirs}": quartiles([a / b for a, b in zip(seconds[mine], seconds[theirs], strict=True)])
+            f"{mine} / {theirs}": ratio_quartiles(seconds[mine], seconds[theirs])
             for mine, theirs in ((DCCA, STANDARD), (DCCA, smaller))
         },
         "comparisons": [
@@ -297,12 +297,6 @@ def compare_at_equal_time(
         "loss": {arm: statistics.mean(losses[arm]) for arm in pair},
         "difference": relative_difference(losses[pair[0]], losses[pair[1]]),
     }
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median, and the quartiles as its spread."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "low": low, "high": high}
 
 
 def slug(arm: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
-from network_namespaces import INTERFACE
+from network_namespaces import count_sent_bytes
 from step_cost import Step, profile_operations, time_steps, training_step
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,18 +166,11 @@ def count_traffic(step: Step) -> dict[str, Any]:
 
 def count_wire_bytes(step: Step) -> int | None:
     """Bytes this rank's interface sends in a step, all collectives and headers included; None without one of its own."""
-
-    def sent() -> int | None:
-        for line in Path("/proc/self/net/dev").read_text(encoding="ascii").splitlines():
-            if line.strip().startswith(f"{INTERFACE}:"):
-                return int(line.split(":")[1].split()[8])
-        return None
-
     barrier()
-    before = sent()
+    before = count_sent_bytes()
     step()
     barrier()
-    after = sent()
+    after = count_sent_bytes()
     return None if before is None or after is None else after - before
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dcca_loss import quartiles
 from dcca_presets import StepPreset
 from network_namespaces import find_obstacle, make_lab
 from rank_processes import run_job
-from step_cost import profile_operations, time_steps, training_step
+from step_cost import profile_operations, quartiles, ratio_quartiles, time_steps, training_step
 from transformers import AutoModelForCausalLM
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
@@ -107,7 +106,7 @@ def measure_decode(preset: StepPreset, options: argparse.Namespace) -> dict[str,
                     for name, found in seconds.items()
                 },
                 "ratios": {
-                    f"{what}: {mine} / {theirs}": ratio(seconds[mine][what], seconds[theirs][what])
+                    f"{what}: {mine} / {theirs}": ratio_quartiles(seconds[mine][what], seconds[theirs][what])
                     for mine, theirs in list_pairs(seconds)
                     for what in ("prefill", "token")
                 },
@@ -270,9 +269,11 @@ def summarize_step(result: dict[str, Any]) -> dict[str, Any]:
         }
     ratios = {}
     for mine, theirs in list_pairs(seconds) or ([(DCCA, STANDARD)] if DCCA in seconds else []):
-        ratios[f"step: {mine} / {theirs}"] = ratio(seconds[mine]["step"], seconds[theirs]["step"])
+        ratios[f"step: {mine} / {theirs}"] = ratio_quartiles(seconds[mine]["step"], seconds[theirs]["step"])
         if all(seconds[theirs]["exchange"]):
-            ratios[f"exchange: {mine} / {theirs}"] = ratio(seconds[mine]["exchange"], seconds[theirs]["exchange"])
+            ratios[f"exchange: {mine} / {theirs}"] = ratio_quartiles(
+                seconds[mine]["exchange"], seconds[theirs]["exchange"]
+            )
     return {"rounds": len(next(iter(seconds.values()))["step"]), "arms": arms, "ratios": ratios,
             "profiles": keep_largest(result.get("profiles", {}))}  # fmt: skip
 
@@ -282,8 +283,3 @@ def keep_largest(profiles: dict[str, dict[str, float]], count: int = 12) -> dict
     largest: Callable[[str], float] = lambda key: -max(times.get(key, 0.0) for times in profiles.values())  # noqa: E731
     keys = sorted({key for times in profiles.values() for key in times}, key=largest)[:count]
     return {name: {key: round(times.get(key, 0.0), 3) for key in keys} for name, times in profiles.items()}
-
-
-def ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:
-    """Quartiles of the ratio within each round."""
-    return quartiles([a / b for a, b in zip(mine, theirs, strict=True)])

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 INTERFACE = "veth0"
 _PR_SET_PDEATHSIG = 1
@@ -99,6 +100,14 @@ def make_lab(num_ranks: int) -> Iterator[Lab]:
             for pipe in (holder.stdin, holder.stdout):
                 assert pipe is not None
                 pipe.close()
+
+
+def count_sent_bytes() -> int | None:
+    """Bytes the interface of this process's namespace has sent so far; None outside a lab."""
+    for line in Path("/proc/self/net/dev").read_text(encoding="ascii").splitlines():
+        if line.strip().startswith(f"{INTERFACE}:"):
+            return int(line.split(":")[1].split()[8])
+    return None
 
 
 def end_with_parent() -> Callable[[], None]:

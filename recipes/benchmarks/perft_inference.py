@@ -23,6 +23,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
 from perft_inference_card import render_card
+from step_cost import quartiles
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, OlmoeConfig, PreTrainedModel
 
@@ -170,12 +171,6 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
             "first_token_ratio": quartiles([own[0] / base[0] for own, base in pairs]),
         }
     return summary
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median, and the quartiles as its spread."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "low": low, "high": high}
 
 
 if __name__ == "__main__":

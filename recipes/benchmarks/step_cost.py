@@ -12,6 +12,7 @@ The step that is profiled is never the step that is timed.
 """
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,17 @@ def time_steps(step: Step, device: str, warmup: int, count: int) -> list[tuple[f
         if i >= warmup:
             seconds.append((time.perf_counter() - wall, time.process_time() - processor))
     return seconds
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Median, and the quartiles as its spread."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "low": low, "high": high}
+
+
+def ratio_quartiles(mine: list[float], theirs: list[float]) -> dict[str, float]:
+    """Of the ratio within each round."""
+    return quartiles([a / b for a, b in zip(mine, theirs, strict=True)])
 
 
 def profile_operations(step: Step, device: str) -> dict[str, float]:

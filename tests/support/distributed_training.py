@@ -27,12 +27,12 @@ BATCH_SIZE, STEPS, MICRO_BATCHES = 2, 4, 4  # micro-batches of one step, over al
 Layout = dict[str, Any]  # arguments of DistributedConfig
 
 
-def load(folder: Path, layout: Layout | None = None) -> Any:
-    """The model of a folder in float64; without a layout, whole on this process."""
+def load(
+    folder: Path, layout: Layout | None = None, implementation: str = "batched_mm", dtype: torch.dtype = torch.float64
+) -> Any:
+    """The model of a folder; without a layout, whole on this process."""
     kwargs = {} if layout is None else {"distributed_config": DistributedConfig(**layout)}
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, experts_implementation="batched_mm", **kwargs
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=implementation, **kwargs)
 
 
 def attach(model: Any, variant: str, seed: int = 1, **settings: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
 import hf_moe_ext.dcca.dispatch  # noqa: F401  (registers the dispatcher)
+from hf_moe_ext.models.expert_gradients import divide_expert_gradients_once
 from support import zoo
+from support.distributed_training import load
 
 WIDTH, NUM_EXPERTS, TOP_K = 8, 8, 3
 BOTH = ("all_to_all", "latent_all_to_all")
@@ -165,12 +165,6 @@ def die_at(rank: int, world_size: int, what: str) -> None:
 # Whole models
 
 
-def load(folder: Path, implementation: str, dtype: torch.dtype, layout: dict[str, Any] | None = None) -> Any:
-    """The model of a folder; without a layout, whole on this process."""
-    kwargs = {} if layout is None else {"distributed_config": DistributedConfig(**layout)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=implementation, **kwargs)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, gathered if it is distributed."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
@@ -192,11 +186,6 @@ def train_step(model: Any, index: int = 0, size: int = 1) -> dict[str, Any]:
         (output.loss * size).backward()  # the mean over processes is taken with the gradients
         logits.append(whole(output.logits))
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    config = getattr(model.config, "distributed_config", None)
-    if config is not None and config.fsdp_size > 1 and config.efsdp_size == 1 and model.dtype == torch.float64:
-        # FSDP2 of torch 2.13 divides by the factor that Transformers sets twice, where the group of a parameter is one
-        # rank and its gradient is neither float32 nor bfloat16 (_fsdp_collectives.py:628 and 686).
-        gradients.update({name: g * size for name, g in gradients.items() if ".experts." in name})
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     return {"logits": logits, "gradients": gradients}
 
@@ -209,8 +198,9 @@ def train_models(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     results = []
     for layout in layouts:
-        model = load(folder, implementation, dtype, layout)
+        model = load(folder, layout, implementation, dtype)
         config = model.config.distributed_config
+        divide_expert_gradients_once(model, config)  # stock models do not
         index, size = rank // config.tp_size, config.dp_size
         found = train_step(model, index, size)
         with torch.no_grad():

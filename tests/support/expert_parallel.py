@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig, expert_parallel
+from transformers.distributed import expert_parallel
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
@@ -67,8 +67,7 @@ def load(
     folder: Path, layout: Layout | None = None, experts: str = "batched_mm", dtype: torch.dtype = torch.float64
 ) -> Any:
     """The model of a folder; without a layout, whole on this process. In float64 nothing in it is float32."""
-    kwargs = {} if layout is None else {"distributed_config": DistributedConfig(**layout)}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=experts, **kwargs)
+    model = distributed_training.load(folder, layout, experts, dtype)
     return keep_float64(model) if dtype == torch.float64 else model
 
 

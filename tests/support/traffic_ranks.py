@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from support import expert_exchange as work
+from support.distributed_training import load
 
 
 def metered(rank: int, world_size: int, case: work.Case) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def metered_widths(rank: int, world_size: int, folders: list[Path]) -> list[dict
         found = {}
         for name in work.BOTH:
             layout = {"fsdp_size": world_size, "ep_size": world_size, "ep_implementation": name}
-            model = work.load(folder, "batched_mm", torch.float64, layout)
+            model = load(folder, layout)
             with TrafficMeter() as meter:
                 work.train_step(model, rank, world_size)
             found[name] = {kind: meter.bytes(kind) for kind in ("payload", "metadata")}
@@ -75,7 +75,7 @@ def trained(rank: int, world_size: int, base: Path, out: Path) -> dict[str, Any]
 
     callback = TrafficCallback(num_steps=3)
     layout = {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "latent_all_to_all"}
-    model = work.load(base, "batched_mm", torch.float64, layout)
+    model = load(base, layout)
     trainer: Trainer = make_trainer(model, out)
     trainer.add_callback(callback)
     trainer.train()
