@@ -5,7 +5,7 @@
 E_i(z) = act(z U_i) D_i, or gated (act(z G_i) * (z U_i)) D_i. Only z and u travel between ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -122,9 +122,10 @@ class DccaMoeBlock(nn.Module):
     Args:
         config: an ``*_ext`` configuration with every key resolved.
         gate: the family's own top-k router; called with [tokens, hidden], returns (logits, weights, ids).
+        sizes: the widths that the initial scales are taken at (``initial_scales``); None: the configuration's.
     """
 
-    def __init__(self, config: Any, gate: nn.Module) -> None:
+    def __init__(self, config: Any, gate: nn.Module, sizes: Mapping[str, float] | None = None) -> None:
         super().__init__()
         latent_size = config.moe_latent_size
         self.jitter_noise = getattr(config, "router_jitter_noise", 0.0)  # Mixtral's
@@ -137,7 +138,13 @@ class DccaMoeBlock(nn.Module):
         if config.moe_shared_expert_intermediate_size:
             self.shared_expert = SharedExpert(config)
         self.last_latent_magnitude: Tensor | None = None
-        self._set_initial_scales(config)
+        own = {
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "latent_size": latent_size,
+            "expert_intermediate_size": config.moe_expert_intermediate_size,
+        }
+        self._set_initial_scales(config, own if sizes is None else sizes)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Route, descend, experts, combine, ascend."""
@@ -160,22 +167,19 @@ class DccaMoeBlock(nn.Module):
             output = output + self.shared_expert(tokens)
         return output.reshape(shape)
 
-    def _set_initial_scales(self, config: Any) -> None:
+    def _set_initial_scales(self, config: Any, sizes: Mapping[str, float]) -> None:
         """Leave on each module what standard deviation its weights are drawn with; the model's ``_init_weights`` reads it."""
         norm = None
         if config.moe_latent_norm:
             norm = combined_weight_norm(
                 config.num_local_experts,
                 config.num_experts_per_tok,
-                logit_std=config.initializer_range * config.hidden_size**0.5,
+                logit_std=config.initializer_range * sizes["hidden_size"] ** 0.5,
                 normalized=normalizes_top_k(self.experts),
             )
         scales = initial_scales(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            **sizes,
             act=ACT2FN[config.hidden_act],
-            latent_size=config.moe_latent_size,
-            expert_intermediate_size=config.moe_expert_intermediate_size,
             expert_act=ACT2FN[config.moe_expert_act],
             gated=config.moe_expert_gated,
             initializer_range=config.initializer_range,

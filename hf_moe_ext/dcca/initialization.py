@@ -57,11 +57,11 @@ def combined_weight_norm(num_experts: int, top_k: int, logit_std: float, normali
 
 def initial_scales(
     *,
-    hidden_size: int,
-    intermediate_size: int,
+    hidden_size: float,
+    intermediate_size: float,
     act: Callable[[Tensor], Tensor],
-    latent_size: int,
-    expert_intermediate_size: int,
+    latent_size: float,
+    expert_intermediate_size: float,
     expert_act: Callable[[Tensor], Tensor],
     gated: bool,
     initializer_range: float,

@@ -141,21 +141,25 @@ def normalizes_top_k(experts: nn.Module, model_config: Any = None) -> bool:
         ValueError: the family is not in the table and its configuration has no ``norm_topk_prob``.
     """
     config: Any = getattr(experts, "config", model_config)
+    value = router_normalizes(config)
+    if value is None:
+        raise ValueError(
+            f"PerftConfig: normalize_top_k=None follows the base model's router, but that of {type(experts).__name__} "
+            f"(model_type {getattr(config, 'model_type', None)!r}) is not known; write normalize_top_k=True or False"
+        )
+    return value
+
+
+def router_normalizes(config: Any) -> bool | None:
+    """The same from the configuration of the part that has the experts; None if it does not say."""
     model_type = str(getattr(config, "model_type", None))
     if model_type == "cohere2_moe":
         return config.expert_selection_fn == "softmax" or bool(config.norm_topk_prob)
     if model_type == "dbrx":
         return config.ffn_config.moe_normalize_expert_weights == 1.0  # the p of a p-norm
     rule = FAMILIES.get(model_type, BY_KEY)
-    if isinstance(rule, bool):
-        return rule
-    value = getattr(config, rule, None)
-    if value is None:
-        raise ValueError(
-            f"PerftConfig: normalize_top_k=None follows the base model's router, but that of {type(experts).__name__} "
-            f"(model_type {model_type!r}) is not known; write normalize_top_k=True or False"
-        )
-    return bool(value)
+    value = rule if isinstance(rule, bool) else getattr(config, rule, None)
+    return None if value is None else bool(value)
 
 
 def active_experts(experts: nn.Module) -> int | None:

@@ -1,4 +1,4 @@
-"""Mixtral- and OLMoE-style models whose MoE block is chosen by their configuration.
+"""Mixtral- and OLMoE-style models whose MoE block and parametrisation are chosen by their configuration.
 
 ``OlmoeExtConfig`` and ``MixtralExtConfig`` are the stock configurations with a few more keys; with these at their
 defaults the models are the stock ones, parameter by parameter. ``moe_block="dcca"``, for all layers or some of them,
@@ -13,6 +13,17 @@ puts the latent block of ``hf_moe_ext.dcca`` in the place of the stock one.
 | ``moe_expert_act`` | ``hidden_act`` | activation of the latent experts |
 | ``moe_latent_norm`` | ``False`` | RMSNorm on the combined latent, before ascend |
 | ``moe_shared_expert_intermediate_size`` | 0 | width of a full-width expert that every token passes; 0: none |
+| ``mup`` | ``"none"`` | ``"mup"``; ``"simplep"``: all but the router; see ``hf_moe_ext.mup`` |
+| ``mup_form`` | ``"multiplier"`` | logits of router and head divided by the width ratio; ``"folded"``: in their weights |
+| ``mup_base_hidden_size`` | needed with ``mup`` | ``hidden_size`` of the model whose learning rate was tuned |
+| ``mup_base_intermediate_size`` | same ratio as the width | ``intermediate_size`` of that model |
+| ``mup_base_head_dim`` | the head dimension | of that model |
+| ``mup_base_latent_size`` | same ratio as the width | ``moe_latent_size`` of that model |
+| ``embedding_multiplier`` | 1 | times the embedding's rows |
+| ``attention_multiplier`` | d^-0.5, under µP sqrt(d_base) / d | times the attention logits |
+| ``residual_multiplier`` | 1 | times what attention and experts add |
+| ``logits_scaling`` | 1; in the multiplier form the width ratio | divides the output logits |
+| ``router_logits_scaling`` | 1; with ``"mup"`` in the multiplier form the ratio | divides the router's logits |
 
 On disk a checkpoint has the module names, experts stacked: the Trainer reads checkpoints back that way. Checkpoints of
 the stock families, one matrix per expert, are read too, and stock classes read ours where every block is standard.

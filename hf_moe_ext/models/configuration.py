@@ -11,6 +11,8 @@ from typing import Any
 from transformers import AutoConfig, MixtralConfig, OlmoeConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from hf_moe_ext.mup.settings import resolve_parametrisation
+
 logger = logging.get_logger(__name__)
 
 STANDARD, DCCA = "standard", "dcca"
@@ -30,8 +32,8 @@ def equal_expert_width(hidden_size: int, intermediate_size: int, latent_size: in
 
 
 @dataclass(kw_only=True, repr=False)
-class MoeBlockKeys:
-    """The keys that choose a model's MoE blocks; see the package docstring for their meaning."""
+class ExtKeys:
+    """The keys that choose a model's MoE blocks and its parametrisation; see the package docstring for their meaning."""
 
     moe_block: str | list[str] = STANDARD
     moe_latent_size: int | None = None
@@ -40,17 +42,28 @@ class MoeBlockKeys:
     moe_expert_act: str | None = None
     moe_latent_norm: bool = False
     moe_shared_expert_intermediate_size: int = 0
+    mup: str = "none"
+    mup_form: str = "multiplier"
+    mup_base_hidden_size: int | None = None
+    mup_base_intermediate_size: int | float | None = None
+    mup_base_head_dim: int | None = None
+    mup_base_latent_size: int | float | None = None
+    embedding_multiplier: int | float = 1.0
+    attention_multiplier: int | float | None = None
+    residual_multiplier: int | float = 1.0
+    logits_scaling: int | float | None = None
+    router_logits_scaling: int | float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("model_type", None)  # of a stock config.json: this class has its own
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        self.resolve_blocks()
+        self.resolve_keys()
         if DCCA not in self.moe_blocks:
             _warn_without_effect(self)
         # The classes cannot be registered while Transformers is being imported, and nobody needs them before this.
         importlib.import_module("hf_moe_ext.models.modeling")
 
-    def resolve_blocks(self) -> None:
+    def resolve_keys(self) -> None:
         """Check the keys and fill in what is open; the models call it again before they build their blocks.
 
         Raises:
@@ -60,6 +73,7 @@ class MoeBlockKeys:
         if DCCA in self.moe_blocks:
             _check_kinds(self)
             _resolve(self)
+        resolve_parametrisation(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -101,7 +115,7 @@ class MoeBlockKeys:
         return super().base_model_tp_plan  # type: ignore[misc]
 
 
-class OlmoeExtConfig(MoeBlockKeys, OlmoeConfig):  # type: ignore[misc, override]
+class OlmoeExtConfig(ExtKeys, OlmoeConfig):  # type: ignore[misc, override]
     """``OlmoeConfig`` and the keys that choose the MoE block.
 
     Example: ``OlmoeExtConfig(moe_block="dcca", moe_latent_size=512)``.
@@ -114,7 +128,7 @@ class OlmoeExtConfig(MoeBlockKeys, OlmoeConfig):  # type: ignore[misc, override]
     model_type = "olmoe_ext"
 
 
-class MixtralExtConfig(MoeBlockKeys, MixtralConfig):  # type: ignore[misc, override]
+class MixtralExtConfig(ExtKeys, MixtralConfig):  # type: ignore[misc, override]
     """``MixtralConfig`` and the keys that choose the MoE block; as ``OlmoeExtConfig``."""
 
     model_type = "mixtral_ext"
@@ -186,7 +200,8 @@ def _resolve(config: Any) -> None:
 
 
 def _warn_without_effect(config: Any) -> None:
-    given = [f.name for f in fields(MoeBlockKeys) if f.name != "moe_block" and getattr(config, f.name) != f.default]
+    keys = [f for f in fields(ExtKeys) if f.name.startswith("moe_") and f.name != "moe_block"]
+    given = [f.name for f in keys if getattr(config, f.name) != f.default]
     if given:
         logger.warning(
             f"{', '.join(given)}: no effect, because every layer has moe_block='standard'; write moe_block='dcca'"

@@ -19,6 +19,9 @@ from hf_moe_ext.dcca.block import DccaMoeBlock, is_plain
 from hf_moe_ext.models.configuration import DCCA, MixtralExtConfig, OlmoeExtConfig
 from hf_moe_ext.models.distribution import check_distribution, count_processes
 from hf_moe_ext.models.expert_gradients import divide_expert_gradients_once
+from hf_moe_ext.mup.guard import watch
+from hf_moe_ext.mup.multipliers import divide_logits, multiply_embedding, multiply_layer
+from hf_moe_ext.mup.roles import NONE, base_sizes, read_role
 
 
 class ChosenBlocks:
@@ -29,12 +32,20 @@ class ChosenBlocks:
     def post_init(self) -> None:
         """Exchange the blocks before the weights are drawn, then what every model does."""
         model: Any = self
+        config = model.config
         # Keys may have been changed since the configuration was made.
-        model.config.resolve_blocks()
+        config.resolve_keys()
         layers = getattr(model, "layers", ())
-        for layer, block in zip(layers, model.config.moe_blocks[: len(layers)], strict=True):
+        for layer, block in zip(layers, config.moe_blocks[: len(layers)], strict=True):
             if block == DCCA:
-                layer.mlp = DccaMoeBlock(model.config, self.router_class(model.config))
+                layer.mlp = DccaMoeBlock(config, self.router_class(config), base_sizes(config))
+            multiply_layer(layer, config)
+        if hasattr(model, "embed_tokens"):
+            multiply_embedding(model.embed_tokens, config)
+        if hasattr(model, "lm_head"):
+            divide_logits(model.lm_head, config.logits_scaling)
+        if config.mup != NONE:
+            _set_init_factors(model, config)
         super().post_init()  # type: ignore[misc]
 
     @classmethod
@@ -68,13 +79,20 @@ class ChosenBlocks:
         return model
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        stds = getattr(module, "init_std", None)
-        if stds is None:
+    def _init_weights(self, module: Any) -> None:
+        stds, factors = getattr(module, "init_std", {}), getattr(module, "init_factor", {})
+        if not stds and not factors:
             super()._init_weights(module)  # type: ignore[misc]
             return
-        for name, std in stds.items():
+        for name in factors or stds:
+            std = stds.get(name, self.config.initializer_range) * factors.get(name, 1.0)  # type: ignore[attr-defined]
             init.normal_(getattr(module, name), mean=0.0, std=std)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+        padding = getattr(module, "padding_idx", None)
+        # A slice would lose the mark of a weight that was read from a checkpoint.
+        if padding is not None and not getattr(module.weight, "_is_hf_initialized", False):
+            init.zeros_(module.weight[padding])
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -125,6 +143,7 @@ class ChosenBlocksForCausalLM(ChosenBlocks):
         head.num_experts_per_tok = config.num_experts_per_tok
         head.register_forward_hook(_name_latent)
         head.post_init()
+        watch(head)
 
 
 class OlmoeExtModel(ChosenBlocks, OlmoeModel):
@@ -161,6 +180,15 @@ class MixtralExtForCausalLM(ChosenBlocksForCausalLM, MixtralForCausalLM, Generat
     def __init__(self, config: MixtralExtConfig) -> None:
         super(MixtralForCausalLM, self).__init__(config)
         self._build(config, MixtralExtModel(config))
+
+
+def _set_init_factors(model: nn.Module, config: Any) -> None:
+    """Leave on each module by what factor its matrices' initial scale differs from the base model's."""
+    for path, module in model.named_modules():
+        matrices = [name for name, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        if matrices:
+            roles = {name: read_role(f"{path}.{name}", config) for name in matrices}
+            module.init_factor = {name: role.init_factor for name, role in roles.items()}
 
 
 def _name_latent(model: Any, _: tuple[Any, ...], output: Any) -> None:

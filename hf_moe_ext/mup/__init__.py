@@ -1,0 +1,47 @@
+"""µP for Mixture of Experts: the learning rate that is best for a narrow model is best for a wide one.
+
+A base model is declared in the configuration (``mup_base_hidden_size`` ...); every tensor's initial scale, learning rate,
+weight decay and epsilon, and two or three multipliers in the forward pass, then follow from how much wider than the base
+the model is along each axis of the tensor (Małaśnicki et al., arXiv 2508.09752; the rules are those of Tensor Programs V,
+arXiv 2203.03466, tables 3 and 8). Everything is in ``config.json``, nothing on tensors, and with power-of-two ratios the
+model folds back to a stock checkpoint bit for bit (``hf-moe fold``).
+
+| symbol | code name | meaning |
+|---|---|---|
+| n, n_base | ``hidden_size``, ``mup_base_hidden_size`` | width; m = n / n_base |
+| H, H_base | ``intermediate_size``, ``mup_base_intermediate_size`` | width inside an expert; m_H |
+| d_h | head dimension, ``mup_base_head_dim`` | attention logits are divided by d_h, times sqrt(d_h,base) |
+| R, R_base | ``moe_latent_size``, ``mup_base_latent_size`` | latent width of a DCCA block; m_R |
+| η, λ, ε, σ | ``lr``, ``weight_decay``, ``eps``, ``initializer_range`` | tuned at the base |
+| form A, B | ``mup_form`` "multiplier", "folded" | logits of router and head divided by m, or folded into their weights |
+
+A tensor's role follows from its declared axes (``hf_moe_ext/host/axes.py``) and from which of them grow:
+
+* both grow: hidden (q, k, v, o, experts). Only the input grows: output (router, head). Only the output grows: input
+  (embedding). A gain or bias along an axis that grows: vector. Nothing grows: finite.
+* DCCA: with a latent that grows with the width, descend, ascend and the latent experts are hidden, the latent norm a
+  vector. With a latent held at one size, descend is output, ascend input, the experts' first matrix input and their last
+  output, the norm finite. An output of this kind has no multiplier and takes the folded rule in both forms.
+* A shared expert is an expert whose width grows with the experts'. Latent experts are taken to be as wide as equal
+  parameters ask: F grows as n H / R.
+* LoRA and PERFT on a µP model: A maps a width to the rank (output: η/m), B the rank to a width (input: η), as LoRA+
+  (arXiv 2402.12354) finds too; PERFT's router is an output without a multiplier. Their first weights are drawn by PEFT.
+
+Where we depart: epsilon is divided by the ratio of the output's axis, which is the papers' ε/m when all axes grow alike;
+``simplep`` leaves the router in standard parametrisation, and nothing else.
+"""
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "param_groups": "hf_moe_ext.mup.groups",
+    "trainer_optimizer": "hf_moe_ext.mup.groups",
+}
+__all__ = ["param_groups", "trainer_optimizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

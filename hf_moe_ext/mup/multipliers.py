@@ -1,0 +1,41 @@
+"""The numbers a configuration multiplies into the forward pass, as hooks on the stock modules they concern.
+
+Hooks, because the modules stay what they are: their names, their weights, what PEFT, FSDP2, tensor parallelism and
+``torch.compile`` do with them. A multiplier of 1 leaves no hook behind.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def multiply_embedding(embedding: nn.Module, config: Any) -> None:
+    """Rows of the embedding times ``embedding_multiplier``."""
+    if config.embedding_multiplier != 1:
+        embedding.register_forward_hook(partial(_multiply_output, config.embedding_multiplier))
+        embedding.embed_scale = config.embedding_multiplier  # by this name PEFT scales a LoRA on it alike
+
+
+def multiply_layer(layer: Any, config: Any) -> None:
+    """Attention logits times ``attention_multiplier``, branches times ``residual_multiplier``, router logits divided."""
+    if config.attention_multiplier is not None:
+        layer.self_attn.scaling = config.attention_multiplier
+    if config.residual_multiplier != 1:
+        for branch in (layer.self_attn, layer.mlp):
+            branch.register_forward_hook(partial(_multiply_output, config.residual_multiplier))
+    divide_logits(layer.mlp.gate, config.router_logits_scaling)
+
+
+def divide_logits(projection: nn.Module, scaling: float | None) -> None:
+    """What a router or head makes, divided: its input is, which also keeps the logits small in half precision."""
+    if scaling not in (None, 1):
+        projection.register_forward_pre_hook(partial(_divide_input, scaling))
+
+
+def _multiply_output(factor: float, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    return (output[0] * factor, *output[1:]) if isinstance(output, tuple) else output * factor
+
+
+def _divide_input(divisor: float, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] / divisor, *args[1:])
