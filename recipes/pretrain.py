@@ -22,6 +22,7 @@ from accelerate import PartialState
 from entry import refuse_common_mistakes, run_recipe
 from evaluation import RowLosses, measure_losses, sum_answer_nats
 from held_out import MeasureFirst, Measurement, read_measurement
+from hf_moe_ext.mup import trainer_optimizer
 from output_folder import claim_output_folder, find_checkpoint, push_folder
 from pretrain_arguments import PretrainArguments, parse_pretrain_arguments
 from pretrain_data import Packed, Texts, pack, prepare_tokenizer, read_texts
@@ -108,8 +109,9 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
 def build_trainer(
     arguments: PretrainArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packed: Packed
 ) -> Trainer:
-    """A plain Trainer; `--eval_strategy` measures the first `--max_curve_samples` held-out rows."""
+    """A plain Trainer; `--eval_strategy` measures the first `--max_curve_samples` held-out rows, `--mup` has its groups."""
     curve, limit = packed.held_out, arguments.data.max_curve_samples
+    mup = model.config.mup != "none"
     return Trainer(
         model=model,
         args=arguments.training,
@@ -119,6 +121,7 @@ def build_trainer(
         processing_class=tokenizer,
         preprocess_logits_for_metrics=sum_nats,
         # The loss that the Trainer reports holds the router's auxiliary loss too; this one does not.
+        optimizer_cls_and_kwargs=trainer_optimizer(model, args=arguments.training) if mup else None,
         compute_metrics=lambda prediction: {"nats_per_token": RowLosses(*np.asarray(prediction.predictions).T).mean},
     )
 

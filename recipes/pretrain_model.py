@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from accelerate import PartialState
 from distribution import build_distributed_config, refuse_layout
 from finetune_arguments import UserError
+from hf_moe_ext.mup import trainer_optimizer
 from pretrain_arguments import CONFIG_CLASSES, PretrainArguments
 
 
@@ -53,6 +54,11 @@ def check_model(arguments: PretrainArguments) -> None:
     """
     outline = build_outline(build_config(arguments))
     refuse_layout(outline, arguments.model, arguments.training.world_size, arguments.model.dtype, "The model")
+    if outline.config.mup != "none":
+        try:
+            trainer_optimizer(outline, args=arguments.training)
+        except ValueError as error:
+            raise UserError(f"--mup {outline.config.mup}: {error}") from error
 
 
 def build_outline(config: Any) -> PreTrainedModel:
@@ -115,7 +121,8 @@ def describe_model(config: Any) -> dict[str, Any]:
         else:
             part = "projections" if ".mlp." in name else "other"
         parts[part] += parameter.numel()
-    chosen = [f.name for f in dataclasses.fields(config) if f.name.startswith("moe_")]
+    ours = ("moe_", "mup") if config.mup != "none" else ("moe_",)
+    chosen = [f.name for f in dataclasses.fields(config) if f.name.startswith(ours)]
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts", "num_experts_per_tok")
     return {
         "model_type": config.model_type,

@@ -113,6 +113,17 @@ def test_keys_of_a_file_and_of_the_command_line(tmp_path: Path) -> None:
         (["--dataset_name", "nowhere.jsonl"], ["--dataset_name nowhere.jsonl", "no such file"]),
         (["--tokenizer_name_or_path", "./nowhere"], ["--tokenizer_name_or_path ./nowhere cannot be loaded"]),
         (["--num_attention_heads", "3", "--hidden_size", "32"], ["The model's configuration"]),
+        (["--mup", "mup"], ["mup='mup' needs mup_base_hidden_size"]),
+        (
+            [
+                "--mup=mup",
+                "--mup_base_hidden_size=64",
+                "--lr_scheduler_type=greedy",
+                "--eval_strategy=steps",
+                "--eval_steps=2",
+            ],
+            ["--mup mup: lr_scheduler_type='greedy' holds every group above min_lr"],
+        ),
         (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint nowhere", "trainer_state.json"]),
     ],
     ids=lambda value: "-".join(value)[:40],
@@ -219,6 +230,19 @@ def test_two_blocks_with_one_seed_read_the_same_rows_in_the_same_order(
     assert len(seen["dcca"]) >= 10
     assert seen["dcca"] == seen["standard"]
     assert len({tuple(row) for row in seen["dcca"]}) > 5
+
+
+def test_mup_is_trained_with_its_own_groups(flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    trainers, build = [], pretrain.build_trainer
+    monkeypatch.setattr(pretrain, "build_trainer", lambda *arguments: trainers.append(build(*arguments)) or trainers[0])
+    words = [*flags, "--mup=mup", "--mup_base_hidden_size=8", "--learning_rate=0.01", "--ngram_baseline=false"]
+    assert pretrain.main([*words, "--output_dir", str(tmp_path / "run")]) == 0
+    (trainer,) = trainers
+    factors = {group["lr_factor"] for group in trainer.optimizer.param_groups}
+    assert factors == {1.0, 8 / trainer.model.config.hidden_size}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["model"]["mup"], metrics["model"]["mup_base_hidden_size"]) == ("mup", 8)
+    assert metrics["loss"]["after"] < metrics["loss"]["before"]
 
 
 def test_rows_predict_every_token_once_and_bytes_are_those_of_the_text(tokenizer, tmp_path: Path) -> None:

@@ -80,8 +80,11 @@ def own_loop(model: Any, rank: int = 0, empty: int | None = None) -> dict[str, T
     return gradients(model, batches[index::size], step_tokens, factor=size)
 
 
-def make_trainer(model: Any, folder: Path, **changes: Any) -> Trainer:
-    """A plain Trainer over uneven rows; every step is MICRO_BATCHES micro-batches, whatever the number of ranks."""
+def make_trainer(model: Any, folder: Path, optimizer: Any = None, **changes: Any) -> Trainer:
+    """A plain Trainer over uneven rows; every step is MICRO_BATCHES micro-batches, whatever the number of ranks.
+
+    ``optimizer``: its ``optimizer_cls_and_kwargs``.
+    """
     config = getattr(model.config, "distributed_config", None)
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
@@ -104,6 +107,7 @@ def make_trainer(model: Any, folder: Path, **changes: Any) -> Trainer:
         TrainingArguments(**arguments),
         train_dataset=Dataset.from_dict({"input_ids": rows(2 * BATCH_SIZE * MICRO_BATCHES)}),
         data_collator=collate,
+        optimizer_cls_and_kwargs=optimizer,
     )
 
 
