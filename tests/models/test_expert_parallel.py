@@ -160,6 +160,15 @@ def test_every_layout_on_four_ranks(tmp_path, family):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_multipliers(tmp_path, family):
+    keys = {"mup": "mup", "mup_base_hidden_size": 8, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
+    folder = work.save(tmp_path, family, "mixed", **keys)
+    layouts = [{**layout, "ep_implementation": name} for layout in TWO for name in ("auto", "latent_all_to_all")]
+    assert_equal_to_one_process(2, [(folder, layout, "batched_mm") for layout in layouts + WITHOUT_EXPERTS])
+
+
+@pytest.mark.slow
 def test_ranks_and_experts_without_rows(tmp_path):
     layouts = with_implementations([FOUR[0], *FOUR[3:]])
     cases = make_cases(tmp_path, layouts, ["olmoe_ext"], ["mixed"], ["empty_ranks"])

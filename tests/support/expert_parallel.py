@@ -202,7 +202,7 @@ def steps(
     logging.getLogger("transformers").addHandler(messages)
     results = []
     for folder, layout, experts in cases:
-        model = distributed_models.load(folder, layout, experts, dtype)
+        model = load(folder, layout, experts, dtype)
         tokens = [ids.numel() for ids in own_batches(model, rank).values()]
         with recorded_dispatch() as inferring:
             inference = infer(model, rank)
