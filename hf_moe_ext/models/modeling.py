@@ -94,6 +94,16 @@ class ChosenBlocks:
         if padding is not None and not getattr(module.weight, "_is_hf_initialized", False):
             init.zeros_(module.weight[padding])
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """As the stock one; resizing puts a new module there, which has to be multiplied as the old one was."""
+        super().set_input_embeddings(value)  # type: ignore[misc]
+        multiply_embedding(value, self.config)  # type: ignore[attr-defined]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """The same for the head."""
+        super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
+        divide_logits(new_embeddings, self.config.logits_scaling)  # type: ignore[attr-defined]
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # Transformers looks for `@use_experts_implementation` in this file; ours stands beside the block.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def multiply_embedding(embedding: nn.Module, config: Any) -> None:
     """Rows of the embedding times ``embedding_multiplier``."""
-    if config.embedding_multiplier != 1:
+    if config.embedding_multiplier != 1 and not _has(embedding._forward_hooks, _multiply_output):
         embedding.register_forward_hook(partial(_multiply_output, config.embedding_multiplier))
         embedding.embed_scale = config.embedding_multiplier  # by this name PEFT scales a LoRA on it alike
 
@@ -29,8 +29,13 @@ def multiply_layer(layer: Any, config: Any) -> None:
 
 def divide_logits(projection: nn.Module, scaling: float | None) -> None:
     """What a router or head makes, divided: its input is, which also keeps the logits small in half precision."""
-    if scaling not in (None, 1):
+    if scaling not in (None, 1) and not _has(projection._forward_pre_hooks, _divide_input):
         projection.register_forward_pre_hook(partial(_divide_input, scaling))
+
+
+def _has(hooks: dict[int, Any], function: Any) -> bool:
+    """Whether it is among them already: a module may be handed back to the model it came from."""
+    return any(getattr(hook, "func", None) is function for hook in hooks.values())
 
 
 def _multiply_output(factor: float, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:

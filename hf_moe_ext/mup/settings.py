@@ -2,12 +2,8 @@
 
 from typing import Any
 
-from transformers.utils import logging
-
 from hf_moe_ext.host.families import router_normalizes
 from hf_moe_ext.mup.roles import FOLDED, MULTIPLIER, MUP, NONE, SIMPLEP
-
-logger = logging.get_logger(__name__)
 
 PARAMETRISATIONS = (NONE, SIMPLEP, MUP)
 FORMS = (MULTIPLIER, FOLDED)
@@ -76,10 +72,13 @@ def _check_kinds(config: Any) -> None:
 
 
 def _warn_without_effect(config: Any) -> None:
+    # Here, not above: this module is loaded in the middle of Transformers' own import.
+    from transformers.utils import logging
+
     given = [name for name in BASE_SIZES if getattr(config, name) is not None]
     given += ["mup_form"] if config.mup_form != MULTIPLIER else []
     if given:
-        logger.warning(f"{', '.join(given)}: no effect, because mup='none'; write mup='mup'")
+        logging.get_logger(__name__).warning(f"{', '.join(given)}: no effect, because mup='none'; write mup='mup'")
 
 
 def _check_relations(config: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from support import expert_exchange as work
 from support import zoo
-from support.distributed_training import load
+from support.distributed_models import load
 from support.ranks import RankError, run_ranks
 
 pytestmark = pytest.mark.filterwarnings(

@@ -9,12 +9,12 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.distributed import DistributedConfig
+from transformers import Trainer, TrainingArguments
 
 from hf_moe_ext import PerftConfig, count_trainable
 from hf_moe_ext.perft import gradient_sync
 from support import zoo
+from support.distributed_models import Layout, load
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "R": {"num_experts": 4, "top_k": 2, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1},
@@ -23,16 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "S": {},
 }
 BATCH_SIZE, STEPS, MICRO_BATCHES = 2, 4, 4  # micro-batches of one step, over all ranks
-
-Layout = dict[str, Any]  # arguments of DistributedConfig
-
-
-def load(
-    folder: Path, layout: Layout | None = None, implementation: str = "batched_mm", dtype: torch.dtype = torch.float64
-) -> Any:
-    """The model of a folder; without a layout, whole on this process."""
-    kwargs = {} if layout is None else {"distributed_config": DistributedConfig(**layout)}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation=implementation, **kwargs)
 
 
 def attach(model: Any, variant: str, seed: int = 1, **settings: Any) -> Any:

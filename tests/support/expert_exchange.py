@@ -15,7 +15,7 @@ from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 import hf_moe_ext.dcca.dispatch  # noqa: F401  (registers the dispatcher)
 from hf_moe_ext.models.expert_gradients import divide_expert_gradients_once
 from support import zoo
-from support.distributed_training import load
+from support.distributed_models import load
 
 WIDTH, NUM_EXPERTS, TOP_K = 8, 8, 3
 BOTH = ("all_to_all", "latent_all_to_all")

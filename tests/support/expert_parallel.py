@@ -20,14 +20,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, Mixtral
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
 from transformers.utils import logging as logging_of_transformers
 
-from support import distributed_training, latent_models, zoo
+from support import distributed_models, distributed_training, latent_models, zoo
+from support.distributed_models import Layout
 
 TOP_K, NUM_STEPS = 2, 5
 # Which experts a token can choose; None: all. With four of eight, half of the experts get no row; with the first four, so
 # does the second half of the ranks.
 ROUTINGS: dict[str, list[int] | None] = {"spread": None, "empty_experts": [0, 1, 4, 5], "empty_ranks": [0, 1, 2, 3]}
-
-Layout = dict[str, Any]  # arguments of DistributedConfig
 
 
 def make_config(family: str, block: str, **changes: Any) -> Any:
@@ -67,7 +66,7 @@ def load(
     folder: Path, layout: Layout | None = None, experts: str = "batched_mm", dtype: torch.dtype = torch.float64
 ) -> Any:
     """The model of a folder; without a layout, whole on this process. In float64 nothing in it is float32."""
-    model = distributed_training.load(folder, layout, experts, dtype)
+    model = distributed_models.load(folder, layout, experts, dtype)
     return keep_float64(model) if dtype == torch.float64 else model
 
 
@@ -203,7 +202,7 @@ def steps(
     logging.getLogger("transformers").addHandler(messages)
     results = []
     for folder, layout, experts in cases:
-        model = load(folder, layout, experts, dtype)
+        model = distributed_models.load(folder, layout, experts, dtype)
         tokens = [ids.numel() for ids in own_batches(model, rank).values()]
         with recorded_dispatch() as inferring:
             inference = infer(model, rank)

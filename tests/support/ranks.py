@@ -9,6 +9,7 @@ Each rank is a fresh interpreter (spawned, so no state of the test leaks in) wit
 
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -98,9 +99,7 @@ def _main(
 
 
 def _environment(world_size: int) -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _choose_port()
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return {
         "MASTER_ADDR": "127.0.0.1",
@@ -115,6 +114,15 @@ def _environment(world_size: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": path.rstrip(os.pathsep),
     }
+
+
+def _choose_port() -> int:
+    """A free port below those that the kernel gives to outgoing connections: nobody takes it before rank 0 listens."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class _environment_set:

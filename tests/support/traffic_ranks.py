@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from support import expert_exchange as work
-from support.distributed_training import load
+from support.distributed_models import load
 
 
 def metered(rank: int, world_size: int, case: work.Case) -> dict[str, Any]:
