@@ -42,10 +42,12 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "MuonWithAdamW": "hf_moe_ext.mup.muon",
+    "muon_groups": "hf_moe_ext.mup.muon",
     "param_groups": "hf_moe_ext.mup.groups",
     "trainer_optimizer": "hf_moe_ext.mup.groups",
 }
-__all__ = ["param_groups", "trainer_optimizer"]
+__all__ = ["MuonWithAdamW", "muon_groups", "param_groups", "trainer_optimizer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,9 @@ AdamW on the Adam column, with embedding, head, routers, gains and biases; Muon 
 two dimensions: q, k, v, o, a DCCA block's descend and ascend where the latent grows, a shared expert.
 
 One optimizer, because a Trainer, schedulers, accelerate and checkpoints know of one: one list of groups, one state.
+
+Under FSDP2 whole matrices are made orthogonal, gathered for it. torch does that in bfloat16 and blows up directions of
+which the gradient has next to nothing, so a split run follows a whole one only to some percent of a step.
 """
 
 from collections.abc import Callable

@@ -184,39 +184,44 @@ def test_names_on_disk_are_those_the_stock_class_writes(tmp_path: Path, family: 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_opens_where_the_package_cannot_be_imported(tmp_path: Path, family: str) -> None:
+def test_opens_where_the_package_cannot_be_imported(tmp_path: Path) -> None:
     """Logits and generated tokens, in a process that may not import us."""
-    model = save(tmp_path / "source", family, **ALL)
-    fold(tmp_path / "source", tmp_path / "out")
     prompt = ids()[:, :6]
-    generated = model.generate(prompt, max_new_tokens=12, do_sample=False)
     torch.save({"prompt": prompt, "ids": ids()}, tmp_path / "inputs.pt")
+    models = {}
+    for family in FAMILIES:
+        models[family] = save(tmp_path / "source" / family, family, **ALL)
+        fold(tmp_path / "source" / family, tmp_path / family)
     code = (
         "import sys\n"
         "class Refuse:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] == 'hf_moe_ext': raise AssertionError(name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "import torch\nfrom transformers import AutoConfig, AutoModelForCausalLM\n"
-        "inputs = torch.load('inputs.pt')\n"
-        "model, info = AutoModelForCausalLM.from_pretrained('out', output_loading_info=True)\n"
-        "assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info\n"
+        "import torch\nfrom transformers import AutoModelForCausalLM\n"
+        "inputs, results = torch.load('inputs.pt'), {}\n"
+        "for family in sys.argv[1:]:\n"
+        "    model, info = AutoModelForCausalLM.from_pretrained(family, output_loading_info=True)\n"
+        "    assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info\n"
+        "    with torch.no_grad(): logits = model.eval()(inputs['ids']).logits\n"
+        "    generated = model.generate(inputs['prompt'], max_new_tokens=12, do_sample=False)\n"
+        "    results[family] = (type(model).__module__, logits, generated)\n"
         "assert not any(name.split('.')[0] == 'hf_moe_ext' for name in sys.modules)\n"
-        "with torch.no_grad(): logits = model.eval()(inputs['ids']).logits\n"
-        "generated = model.generate(inputs['prompt'], max_new_tokens=12, do_sample=False)\n"
-        "torch.save({'logits': logits, 'generated': generated, 'class': type(model).__module__}, 'results.pt')\n"
+        "torch.save(results, 'results.pt')\n"
     )
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *FAMILIES],
+        **{"cwd": tmp_path, "env": variables, "capture_output": True, "text": True, "timeout": 300},
     )
     assert result.returncode == 0, result.stderr
     results = torch.load(tmp_path / "results.pt")
-    assert results["class"].startswith("transformers.models.")
-    assert torch.equal(results["logits"], run(model).logits)
-    assert torch.equal(results["generated"], generated)
-    assert generated.shape[1] > prompt.shape[1]
+    for family, model in models.items():
+        module, logits, generated = results[family]
+        assert module.startswith("transformers.models.")
+        assert torch.equal(logits, run(model).logits)
+        assert torch.equal(generated, model.generate(prompt, max_new_tokens=12, do_sample=False))
+        assert generated.shape[1] > prompt.shape[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

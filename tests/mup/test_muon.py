@@ -15,14 +15,14 @@ from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, get_scheduler
 
-from hf_moe_ext.mup import trainer_optimizer
-from hf_moe_ext.mup.muon import MuonWithAdamW, muon_groups
+from hf_moe_ext.mup import MuonWithAdamW, muon_groups, trainer_optimizer
 from hf_moe_ext.mup.roles import assign_roles
 from hf_moe_ext.mup.rules import HIDDEN
 from hf_moe_ext.mup.spectral import adjustment
 from hf_moe_ext.mup.widening import change, widen
-from support import zoo
+from support import muon_ranks, zoo
 from support.latent_models import make_config, make_model
+from support.ranks import run_ranks
 
 BOTH = ["original", "match_rms_adamw"]
 MUP: dict[str, Any] = {"mup": "mup", "mup_base_hidden_size": 32}
@@ -220,6 +220,21 @@ def test_a_closure_is_called_once() -> None:
 
     assert make()(model, **keywords).step(closure) is calls[0]
     assert len(calls) == 1
+
+
+@pytest.mark.slow
+def test_split_by_fsdp2() -> None:
+    """Whole matrices are made orthogonal, not shards; equal only to what bfloat16, in which torch does that, leaves."""
+    for found in run_ranks(muon_ranks.train_split, 2):
+        assert found["split"] == pytest.approx(found["whole"], rel=5e-3)
+        assert found["split"][0] == pytest.approx(found["whole"][0], abs=1e-6)
+        assert found["split"][-1] < found["split"][0] - 1
+        # Directions of which the gradient has next to nothing are rounding noise, blown up by torch's iteration.
+        left, values, right = torch.linalg.svd(found["gradient"])
+        strong = int((values > 0.1 * values[0]).sum())
+        whole, split = (left[:, :strong].T @ found[f"{k} moved"] @ right[:strong].T for k in ("whole", "split"))
+        assert strong > 3
+        assert (split - whole).norm() < 0.05 * whole.norm()
 
 
 class KeepRates(TrainerCallback):
