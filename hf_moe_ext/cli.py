@@ -262,6 +262,34 @@ def convert_to_dcca(
     print_report(report, Console(highlight=False))
 
 
+@app.command("fold", short_help="Fold a µP model into a stock Mixtral or OLMoE checkpoint.")
+def fold_multipliers(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id: mixtral_ext or olmoe_ext, every block standard.")],
+    output: Annotated[str, typer.Option(help="Folder to write.")],
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give a model whose head is its embedding a head of its own.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare logits of source and result; loads both, one after the other.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the factors; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Multiply the forward multipliers of a model into its weights: equal logits, and no trace of this package.
+
+    Equal to the last bit where every factor is a power of two, else up to rounding. Exit code: 0 written, 2 refused.
+    """
+    from hf_moe_ext.convert import fold
+
+    try:
+        report = fold(source, output, untie=untie, verify=verify, dry_run=dry_run, overwrite=overwrite)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        typer.echo(f"hf-moe fold: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
+
+
 def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str, Any]:
     """The options the user wrote; those left out keep the default of the class they are passed to."""
     given = {name: value for name, value in context.params.items() if name not in besides and value is not None}

@@ -3,10 +3,14 @@
 ``to_dcca`` replaces the MoE blocks of a Mixtral- or OLMoE-type checkpoint by DCCA blocks (descend, communicate,
 communicate, ascend), fitted on a calibration text. It reads one decoder layer at a time, so the whole model is never in
 memory, and writes a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
+
+``fold`` multiplies the forward multipliers of a µP model, or of any with some, into its weights, and writes a stock Mixtral
+or OLMoE checkpoint with equal logits, which opens without this package.
 """
 
 # Here and now, not on first use: a module of the same name, imported by itself, would otherwise stand in its place.
 from hf_moe_ext.convert.distillation import DistillationSettings
+from hf_moe_ext.convert.fold import fold
 from hf_moe_ext.convert.to_dcca import to_dcca
 
-__all__ = ["DistillationSettings", "to_dcca"]
+__all__ = ["DistillationSettings", "fold", "to_dcca"]

@@ -68,19 +68,11 @@ def plan_conversion(
         ValueError: naming the argument, the rule, the value and the next step.
     """
     source = locate_checkpoint(model)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, TypeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the configuration of {model} cannot be read: {reason}; correct its config.json") from error
+    config = read_config(model, source)
     target = _TARGETS.get(config.model_type)
     if target is None:
         raise ValueError(f"to_dcca converts {', '.join(_TARGETS)}; {model} has model_type {config.model_type!r}")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"to_dcca: {model} is quantised ({config.quantization_config.get('quant_method', 'quantization_config')!r}); "
-            "convert the checkpoint in full precision it was made from, and quantise the result"
-        )
+    refuse_quantised(model, config, "to_dcca")
     blocks = list(getattr(config, "moe_blocks", ["standard"] * config.num_hidden_layers))
     chosen = _choose_layers(layers, blocks)
     size = _choose_latent_size(config.hidden_size, latent_size, ratio)
@@ -122,6 +114,32 @@ def locate_checkpoint(model: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{model} is neither a folder here nor a model that the Hub or its cache gives: {error}"
         ) from error
+
+
+def read_config(model: str | os.PathLike[str], source: Path) -> Any:
+    """The configuration in a checkpoint's folder.
+
+    Raises:
+        ValueError: it cannot be read; ``model`` is what the user called it.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, TypeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the configuration of {model} cannot be read: {reason}; correct its config.json") from error
+
+
+def refuse_quantised(model: str | os.PathLike[str], config: Any, conversion: str) -> None:
+    """Refuse weights that are not numbers one can calculate with.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{conversion}: {model} is quantised ({config.quantization_config.get('quant_method', 'quantization_config')!r}); "
+            "convert the checkpoint in full precision it was made from, and quantise the result"
+        )
 
 
 def parse_layers(text: str) -> list[int]:

@@ -8,6 +8,7 @@
 """
 
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from hf_moe_ext.convert.checkpoint import CheckpointReader
 LAYER_PREFIX = "model.layers."
 _EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight")
 _ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# model_type -> name of the block and of an expert's matrices on disk.
+_STOCK = {
+    "mixtral": ("block_sparse_moe", {role: name for name, role in _ROLES.items()}),
+    "olmoe": ("mlp", {role: role for role in _ROLES.values()}),
+}
 GATE_UP, DOWN, ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
 STANDARD_BLOCK = {GATE_UP, DOWN, ROUTER}
 
@@ -54,6 +60,29 @@ def read_layer(reader: CheckpointReader, layer: int, num_experts: int) -> dict[s
                 "checkpoint in full precision it was made from, and quantise the result"
             )
     return state
+
+
+def stock_tensors(name: str, tensor: Tensor, model_type: str) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of a model of standard blocks as the stock families store it: one matrix per expert, their names.
+
+    Args:
+        name: of the module, or as the stock family stores it already.
+        tensor: its values; on the meta device only their shapes matter.
+        model_type: "mixtral" or "olmoe".
+
+    Yields:
+        Name and tensor; experts' matrices are copies, so that one can be kept without the rest.
+    """
+    block, roles = _STOCK[model_type]
+    name = name.replace(".mlp.", f".{block}.", 1)
+    prefix, separator, stacked = name.rpartition(".experts.")
+    if not separator or stacked not in ("gate_up_proj", "down_proj"):
+        yield name, tensor
+        return
+    for expert, matrix in enumerate(tensor):
+        parts = matrix.chunk(2) if stacked == "gate_up_proj" else (matrix,)
+        for role, part in zip(("gate_proj", "up_proj") if len(parts) == 2 else ("down_proj",), parts, strict=True):
+            yield f"{prefix}.experts.{expert}.{roles[role]}.weight", part.clone()
 
 
 def check_standard_block(state: dict[str, Tensor], layer: int, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -27,6 +27,13 @@ A tensor's role follows from its declared axes (``hf_moe_ext/host/axes.py``) and
 * LoRA and PERFT on a µP model: A maps a width to the rank (output: η/m), B the rank to a width (input: η), as LoRA+
   (arXiv 2402.12354) finds too; PERFT's router is an output without a multiplier. Their first weights are drawn by PEFT.
 
+Muon (``trainer_optimizer(model, torch.optim.Muon, lr=..., adam_lr=...)``) trains the hidden matrices, AdamW everything else:
+torch's Muon takes matrices only, so stacked experts are AdamW's. Muon's update has singular values near 1, and a hidden
+matrix must move by sqrt(fan_out / fan_in) in spectral norm (arXiv 2310.17813, condition 1); torch has it move by the rate
+times a of its shape, a = sqrt(max(1, fan_out / fan_in)) for ``adjust_lr_fn="original"``, 0.2 sqrt(max(fan_out, fan_in)) for
+"match_rms_adamw". So the rate's factor is sqrt(m_out / m_in) a_base / a; with all axes in one ratio m this is 1, or
+m^-1/2.
+
 Where we depart: epsilon is divided by the ratio of the output's axis, which is the papers' ε/m when all axes grow alike;
 ``simplep`` leaves the router in standard parametrisation, and nothing else.
 """
@@ -35,10 +42,12 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "MuonWithAdamW": "hf_moe_ext.mup.muon",
+    "muon_groups": "hf_moe_ext.mup.muon",
     "param_groups": "hf_moe_ext.mup.groups",
     "trainer_optimizer": "hf_moe_ext.mup.groups",
 }
-__all__ = ["param_groups", "trainer_optimizer"]
+__all__ = ["MuonWithAdamW", "muon_groups", "param_groups", "trainer_optimizer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,13 @@
 """Optimizer groups of a µP model, and what hands them to the Trainer."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RAdam
 
 from hf_moe_ext.host import axes as host_axes
 from hf_moe_ext.mup.roles import TensorRole, assign_roles
@@ -15,25 +15,36 @@ from hf_moe_ext.mup.rules import OPTIMISERS, Optimiser
 
 # Adam's update does not change when the gradient is multiplied by a number; that is what its column of the table is for.
 _RULE_OF: dict[type[Optimizer], Optimiser] = {AdamW: "adam", Adam: "adam", NAdam: "adam", RAdam: "adam", SGD: "sgd"}
-_DEFAULT_EPS = 1e-8
+DEFAULT_EPS = 1e-8
 # Of `TrainingArguments.lr_scheduler_type`: those that hold a floor in units of a learning rate, the same for every group.
 _ABSOLUTE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What makes two parameters share a group."""
+class DecayPolicy:
+    """What has weight decay, and how; the fields are arguments of ``param_groups``."""
 
-    lr_factor: float
-    decay_factor: float
-    eps_factor: float
+    independent: bool = True
+    embeddings: bool = True
+    routers: bool = True
+
+    def apply(self, role: TensorRole, factors: tuple[float, float, float]) -> tuple[float, float, float]:
+        """Factors on learning rate, weight decay and epsilon, with the second as the policy wants it."""
+        lr_factor, decay_factor, eps_factor = factors
+        # The head has the vocabulary as its output.
+        spared = (role.axes.fan_in == host_axes.VOCAB and not self.embeddings) or (
+            role.axes.fan_out == host_axes.EXPERTS and not self.routers
+        )
+        if role.axes.fan_in is None or spared:
+            return lr_factor, 0.0, eps_factor
+        return lr_factor, decay_factor if self.independent else 1.0, eps_factor
 
 
 def param_groups(
     model: nn.Module,
     lr: float,
     weight_decay: float = 0.0,
-    eps: float = _DEFAULT_EPS,
+    eps: float = DEFAULT_EPS,
     *,
     rule: Optimiser = "adam",
     independent_weight_decay: bool = True,
@@ -59,45 +70,61 @@ def param_groups(
     Raises:
         ValueError: a negative number, nothing to train, or a parameter without declared axes.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
-        if not value >= 0:
-            raise ValueError(f"param_groups: {name} must be a number of at least 0; got {value!r}")
+    check_numbers(lr=lr, weight_decay=weight_decay, eps=eps)
     if rule not in OPTIMISERS:
         raise ValueError(f"param_groups: rule must be one of {', '.join(map(repr, OPTIMISERS))}; got {rule!r}")
     roles = assign_roles(model)
     if not roles:
         raise ValueError("param_groups: no parameter of this model requires a gradient")
-    undecayed = {host_axes.VOCAB: not decay_embeddings, host_axes.EXPERTS: not decay_routers}
-    grouped: dict[tuple[_Setting, Any], dict[str, nn.Parameter]] = defaultdict(dict)
-    parameters = dict(model.named_parameters())
-    for name, role in roles.items():
-        lr_factor, decay_factor, eps_factor = role.update_factors(rule)
-        if not independent_weight_decay:
-            decay_factor = 1.0
-        if role.axes.fan_in is None or _is_spared(role, undecayed):
-            decay_factor = 0.0
+    policy = DecayPolicy(independent_weight_decay, decay_embeddings, decay_routers)
+    factors = {name: policy.apply(role, role.update_factors(rule)) for name, role in roles.items()}
+    return gather_groups(dict(model.named_parameters()), factors, lr, weight_decay, eps if rule == "adam" else None)
+
+
+def check_numbers(**numbers: float) -> None:
+    """Refuse what is no number of at least 0.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"param_groups: {name} must be a number of at least 0; got {value!r}")
+
+
+def gather_groups(
+    parameters: Mapping[str, nn.Parameter],
+    factors: Mapping[str, tuple[float, float, float]],
+    lr: float,
+    weight_decay: float,
+    eps: float | None,
+) -> list[dict[str, Any]]:
+    """One group per distinct setting and device mesh, those at the base's rate first.
+
+    Args:
+        parameters: by name.
+        factors: name -> on learning rate, weight decay and epsilon; other parameters are left out.
+        lr: at the base width.
+        weight_decay: at the base width.
+        eps: at the base width; None for an optimizer without one.
+    """
+    grouped: dict[tuple[tuple[float, float, float], Any], list[nn.Parameter]] = defaultdict(list)
+    for name, setting in factors.items():
         parameter: Any = parameters[name]
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         # One kernel call cannot take parameters of several meshes.
-        grouped[_Setting(lr_factor, decay_factor, eps_factor), mesh][name] = parameter
+        grouped[setting if eps is not None else (*setting[:2], 1.0), mesh].append(parameter)
     groups = [
         {
-            "params": list(members.values()),
-            "lr": lr * setting.lr_factor,
-            "weight_decay": weight_decay * setting.decay_factor,
-            **({"eps": eps * setting.eps_factor} if rule == "adam" else {}),
-            "lr_factor": setting.lr_factor,
+            "params": members,
+            "lr": lr * lr_factor,
+            "weight_decay": weight_decay * decay_factor,
+            **({"eps": eps * eps_factor} if eps is not None else {}),
+            "lr_factor": lr_factor,
         }
-        for (setting, _), members in grouped.items()
+        for ((lr_factor, decay_factor, eps_factor), _), members in grouped.items()
     ]
     return sorted(groups, key=lambda group: group["lr_factor"] != 1.0)
-
-
-def _is_spared(role: TensorRole, undecayed: dict[str, bool]) -> bool:
-    """Whether an embedding or a router is to have no weight decay; the head has the vocabulary as its output."""
-    return (role.axes.fan_in == host_axes.VOCAB and undecayed[host_axes.VOCAB]) or (
-        role.axes.fan_out == host_axes.EXPERTS and undecayed[host_axes.EXPERTS]
-    )
 
 
 def trainer_optimizer(
@@ -106,6 +133,7 @@ def trainer_optimizer(
     *,
     args: Any = None,
     lr: float | None = None,
+    adam_lr: float | None = None,
     weight_decay: float | None = None,
     eps: float | None = None,
     rule: Optimiser | None = None,
@@ -121,10 +149,12 @@ def trainer_optimizer(
 
     Args:
         model: a µP model; looked at now, so that mistakes come before training.
-        optimizer_class: AdamW, Adam, NAdam, RAdam or SGD of torch; others with ``rule``.
+        optimizer_class: AdamW, Adam, NAdam, RAdam, SGD or Muon of torch; others with ``rule``. Muon takes the hidden matrices
+            and AdamW the rest, stacked experts too (see ``hf_moe_ext/mup/muon.py``); ``betas`` and ``eps`` are AdamW's then.
         args: ``TrainingArguments``; their ``learning_rate``, ``weight_decay``, ``adam_epsilon`` and betas count where
             nothing else is given, and their schedule is checked.
         lr: at the base width.
+        adam_lr: with Muon: AdamW's, at the base width. Left out: ``lr``, with ``adjust_lr_fn="match_rms_adamw"`` only.
         weight_decay: at the base width.
         eps: at the base width.
         rule: which column of the table an optimizer of another kind follows: "adam" if multiplying all gradients by a number
@@ -140,7 +170,14 @@ def trainer_optimizer(
     Raises:
         ValueError: a schedule with an absolute floor, no learning rate, an unknown kind of optimizer.
     """
-    rule = _choose_rule(optimizer_class, rule)
+    with_muon = optimizer_class is Muon
+    if with_muon and rule is not None:
+        raise ValueError(f"trainer_optimizer: Muon has a rule of its own, got rule={rule!r}; leave it out")
+    if not with_muon and adam_lr is not None:
+        raise ValueError(
+            f"trainer_optimizer: adam_lr is for Muon, got {optimizer_class.__name__}; write lr={adam_lr!r}"
+        )
+    rule = "adam" if with_muon else _choose_rule(optimizer_class, rule)
     if args is not None:
         _check_schedule(args)
         if rule == "adam":
@@ -153,12 +190,19 @@ def trainer_optimizer(
     settings: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay or 0.0,
-        "eps": _DEFAULT_EPS if eps is None else eps,
-        "rule": rule,
+        "eps": DEFAULT_EPS if eps is None else eps,
         "independent_weight_decay": independent_weight_decay,
         "decay_embeddings": decay_embeddings,
         "decay_routers": decay_routers,
     }
+    if with_muon:
+        from hf_moe_ext.mup.muon import MuonWithAdamW, muon_groups
+
+        settings |= {"adam_lr": adam_lr, "adjust_lr_fn": options.pop("adjust_lr_fn", None)}
+        MuonWithAdamW(muon_groups(model, **settings), lr, **options)
+        chosen = {"optimizer_class": MuonWithAdamW, "build_groups": muon_groups}
+        return MupOptimizerFactory, {**chosen, "settings": settings, "options": options}
+    settings["rule"] = rule
     param_groups(model, **settings)
     return MupOptimizerFactory, {"optimizer_class": optimizer_class, "settings": settings, "options": options}
 
@@ -167,10 +211,15 @@ class MupOptimizerFactory:
     """What the Trainer calls when it needs an optimizer; see ``trainer_optimizer``."""
 
     def __call__(
-        self, model: nn.Module, optimizer_class: type[Optimizer], settings: dict[str, Any], options: dict[str, Any]
+        self,
+        model: nn.Module,
+        optimizer_class: type[Optimizer],
+        settings: dict[str, Any],
+        options: dict[str, Any],
+        build_groups: Callable[..., list[dict[str, Any]]] = param_groups,
     ) -> Optimizer:
         """An optimizer on the groups of the model; ``defaults["lr"]`` is the base rate, which schedules with a floor divide by."""
-        return optimizer_class(param_groups(model, **settings), lr=settings["lr"], **options)  # type: ignore[call-arg]
+        return optimizer_class(build_groups(model, **settings), lr=settings["lr"], **options)  # type: ignore[call-arg]
 
 
 def _choose_rule(optimizer_class: type[Optimizer], rule: Optimiser | None) -> Optimiser:

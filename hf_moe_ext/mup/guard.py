@@ -9,19 +9,22 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Muon, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.utils import logging
 
-from hf_moe_ext.mup.roles import NONE, assign_roles
-from hf_moe_ext.mup.rules import Optimiser
+from hf_moe_ext.mup.roles import NONE, TensorRole, assign_roles
+from hf_moe_ext.mup.rules import HIDDEN, Optimiser
+from hf_moe_ext.mup.spectral import muon_factors
 
 logger = logging.get_logger(__name__)
 
 _TOLERANCE = 1e-6  # what rounding leaves between two quotients
 _watched: WeakSet[nn.Module] = WeakSet()
-# Optimizer -> learning rate factor of each group that holds parameters of a µP model; None once nothing is left to say.
-_known: WeakKeyDictionary[Optimizer, list[float | None] | None] = WeakKeyDictionary()
+# Of a group that holds parameters of a µP model: rule and learning rate factor. Rates of two rules are not compared.
+_Factor = tuple[Optimiser, float]
+# Optimizer -> what its groups are; None once nothing is left to say.
+_known: WeakKeyDictionary[Optimizer, list[_Factor | None] | None] = WeakKeyDictionary()
 _hooked = False
 
 
@@ -36,18 +39,22 @@ def watch(model: nn.Module) -> None:
         _hooked = True
 
 
+def leave_alone(optimizer: Optimizer) -> None:
+    """Never warn about this one: it is part of another, which is looked at."""
+    _known[optimizer] = None
+
+
 def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
     if optimizer not in _known:
         _known[optimizer] = _read_factors(optimizer)
     factors = _known[optimizer]
     if factors is None:
         return
-    rates = [
-        group["lr"] / factor
-        for group, factor in zip(optimizer.param_groups, factors, strict=False)
-        if factor is not None
-    ]
-    if max(rates) - min(rates) > _TOLERANCE * max(rates):
+    rates: dict[Optimiser, list[float]] = {}
+    for group, found in zip(optimizer.param_groups, factors, strict=False):
+        if found is not None:
+            rates.setdefault(found[0], []).append(group["lr"] / found[1])
+    if any(max(each) - min(each) > _TOLERANCE * max(each) for each in rates.values()):
         _known[optimizer] = None
         logger.warning(
             f"{type(optimizer).__name__}: its schedule has changed the ratios between the learning rates of its groups, which "
@@ -55,31 +62,54 @@ def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
         )
 
 
-def _read_factors(optimizer: Optimizer) -> list[float | None] | None:
-    """The factor of each group, if they are µP's; else warn."""
-    rule: Optimiser = "sgd" if isinstance(optimizer, SGD) else "adam"
+def _read_factors(optimizer: Optimizer) -> list[_Factor | None] | None:
+    """Rule and factor of each group, if they are µP's; else warn."""
     expected = {}
     for model in _watched:
         roles = assign_roles(model)
         for name, parameter in model.named_parameters():
             if name in roles and not any(part in name for part in (".lora_", ".perft_")):
-                expected[id(parameter)] = (name, roles[name].update_factors(rule)[0])
-    found: list[float | None] = []
-    rates: dict[str, float] = {}
+                expected[id(parameter)] = (name, roles[name])
+    found: list[_Factor | None] = []
+    rates: dict[Optimiser, dict[str, float]] = {}
     for group in optimizer.param_groups:
-        known = [expected[id(p)] for p in group["params"] if id(p) in expected]
-        rate = group.get("initial_lr", group["lr"])
-        rates |= {name: float(rate) / factor for name, factor in known}
-        found.append(known[0][1] if known else None)
-    if not rates:
-        return None
-    least, greatest = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
-    if rates[greatest] - rates[least] > _TOLERANCE * rates[greatest]:
-        logger.warning(
-            f"{type(optimizer).__name__} gives the parameters of a µP model learning rates that are not µP's: at its base "
-            f"width the model would train {greatest} with {rates[greatest]:.3g} and {least} with {rates[least]:.3g}. Write "
-            "Trainer(..., optimizer_cls_and_kwargs=hf_moe_ext.mup.trainer_optimizer(model, args=args)), or "
-            "AdamW(hf_moe_ext.mup.param_groups(model, lr)) in a loop of your own"
-        )
-        return None
-    return found
+        rule = _read_rule(optimizer, group)
+        known = [(*expected[id(p)], p) for p in group["params"] if id(p) in expected]
+        other = next((name for name, role, _ in known if rule == "muon" and role.role != HIDDEN), None)
+        if other is not None:
+            _warn(f"{type(optimizer).__name__} trains {other} of a µP model, and Muon is for its hidden matrices only")
+            return None
+        factors = [(name, _read_lr_factor(role, p, rule, group)) for name, role, p in known]
+        rate = float(group.get("initial_lr", group["lr"]))
+        rates.setdefault(rule, {}).update({name: rate / factor for name, factor in factors})
+        found.append((rule, factors[0][1]) if factors else None)
+    for each in rates.values():
+        if not each:
+            continue
+        least, greatest = min(each, key=each.__getitem__), max(each, key=each.__getitem__)
+        if each[greatest] - each[least] > _TOLERANCE * each[greatest]:
+            _warn(
+                f"{type(optimizer).__name__} gives the parameters of a µP model learning rates that are not µP's: at its base "
+                f"width the model would train {greatest} with {each[greatest]:.3g} and {least} with {each[least]:.3g}"
+            )
+            return None
+    return found if any(rates.values()) else None
+
+
+def _read_rule(optimizer: Optimizer, group: dict[str, Any]) -> Optimiser:
+    """The group's own, where an optimizer has several."""
+    of_class: Optimiser = "sgd" if isinstance(optimizer, SGD) else "muon" if isinstance(optimizer, Muon) else "adam"
+    return group.get("rule", of_class)
+
+
+def _read_lr_factor(role: TensorRole, parameter: nn.Parameter, rule: Optimiser, group: dict[str, Any]) -> float:
+    if rule == "muon":
+        return muon_factors(role, parameter.shape, group["adjust_lr_fn"])[0]
+    return role.update_factors(rule)[0]
+
+
+def _warn(finding: str) -> None:
+    logger.warning(
+        f"{finding}. Write Trainer(..., optimizer_cls_and_kwargs=hf_moe_ext.mup.trainer_optimizer(model, args=args)), or "
+        "AdamW(hf_moe_ext.mup.param_groups(model, lr)) in a loop of your own"
+    )

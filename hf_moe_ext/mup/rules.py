@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Optimiser = Literal["adam", "sgd"]
+Optimiser = Literal["adam", "sgd", "muon"]
+# Those that can take every tensor of a model.
 OPTIMISERS: tuple[Optimiser, ...] = ("adam", "sgd")
 
 INPUT, VECTOR, HIDDEN, OUTPUT, OUTPUT_MULTIPLIER = "input", "vector", "hidden", "output", "output with multiplier"
@@ -49,7 +50,7 @@ class Rule:
     Attributes:
         init_std: factor on the standard deviation the weights are drawn with.
         multiplier: factor on the tensor's output in the forward pass.
-        updates: by optimiser.
+        updates: by optimiser; "muon" only where the tensor is a matrix between widths.
         source: where the row comes from.
     """
 
@@ -86,8 +87,15 @@ RULES: Mapping[str, Rule] = {
         updates={
             "adam": Update(lr=Power(fan_in=-1), weight_decay=Power(fan_in=1), eps=Power(fan_out=-1)),
             "sgd": Update(lr=Power(fan_in=-1, fan_out=1), weight_decay=Power(fan_in=1, fan_out=-1)),
+            # Of an update whose singular values are all 1; what Muon makes of the rate by the matrix's shape comes on top.
+            "muon": Update(
+                lr=Power(fan_in=-0.5, fan_out=0.5),
+                weight_decay=Power(fan_in=0.5, fan_out=-0.5),
+                eps=Power(fan_in=0.5, fan_out=-0.5),  # beside the gradient's Frobenius norm, entries as Adam's
+            ),
         },
-        source=f"{_TP5}, table 8, hidden weights; experts are hidden weights by arXiv 2508.09752",
+        source=f"{_TP5}, table 8, hidden weights; experts are hidden weights by arXiv 2508.09752; "
+        "muon: arXiv 2310.17813, condition 1, see hf_moe_ext/mup/spectral.py",
     ),
     OUTPUT: Rule(
         init_std=Power(fan_in=-1),

@@ -1,0 +1,196 @@
+"""What folding a model will do, and everything that can be refused before a weight is read.
+
+| multiplier of the source | goes into | as |
+|---|---|---|
+| ``embedding_multiplier`` | ``embed_tokens`` | times it; the residual stream is all that reads the embedding |
+| ``attention_multiplier`` | ``q_proj`` (Mixtral), ``q_norm`` (OLMoE, whose norm would undo it in ``q_proj``) | over head_dim^-0.5 |
+| ``residual_multiplier`` | ``o_proj`` and the experts' ``down_proj`` | times it |
+| ``router_logits_scaling`` | router | divided by it |
+| ``logits_scaling`` | ``lm_head`` | divided by it |
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
+from transformers.utils import logging
+
+from hf_moe_ext.convert.checkpoint import CheckpointReader
+from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
+from hf_moe_ext.convert.expert_layout import stock_tensors
+from hf_moe_ext.models.configuration import DCCA, ExtKeys
+from hf_moe_ext.mup.settings import read_head_dim
+
+logger = logging.get_logger(__name__)
+
+EMBEDDING, HEAD, ROUTER, ATTENTION_OUTPUT, EXPERTS_OUTPUT = "embed_tokens", "lm_head", "router", "o_proj", "down_proj"
+QUERIES = {"mixtral": "q_proj", "olmoe": "q_norm"}
+_STOCK: dict[str, type] = {"mixtral_ext": MixtralConfig, "olmoe_ext": OlmoeConfig}
+# Both ways of storing experts.
+_TENSORS = {
+    EMBEDDING: r"model\.embed_tokens\.weight",
+    HEAD: r"lm_head\.weight",
+    ROUTER: r"model\.layers\.\d+\.(?:mlp|block_sparse_moe)\.gate\.weight",
+    "q_proj": r"model\.layers\.\d+\.self_attn\.q_proj\.(?:weight|bias)",
+    "q_norm": r"model\.layers\.\d+\.self_attn\.q_norm\.weight",
+    ATTENTION_OUTPUT: r"model\.layers\.\d+\.self_attn\.o_proj\.(?:weight|bias)",
+    EXPERTS_OUTPUT: r"model\.layers\.\d+\.(?:mlp|block_sparse_moe)\.experts\.(?:down_proj|\d+\.(?:down_proj|w2)\.weight)",
+}
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """A fold that can be carried out.
+
+    Attributes:
+        source: folder of the source checkpoint.
+        config: of the result, a stock configuration.
+        factors: kind of tensor -> what its values are multiplied by.
+        untie: write the head as a tensor of its own, made from the embedding that it shares in the source.
+    """
+
+    source: Path
+    config: Any
+    factors: dict[str, float]
+    untie: bool
+
+    def list_rounded(self, dtype: torch.dtype) -> list[str]:
+        """Kinds whose factor changes digits: no power of two, or in float16, whose small numbers have fewer, none but 1."""
+        exact = (lambda factor: factor == 1) if dtype == torch.float16 else is_power_of_two
+        return [kind for kind, factor in self.factors.items() if not exact(factor)]
+
+    def read_kind(self, name: str) -> str | None:
+        """Kind of a tensor of the source, None for those that stay as they are."""
+        return next((kind for kind in self.factors if re.fullmatch(_TENSORS[kind], name)), None)
+
+    def check_names(self, reader: CheckpointReader) -> None:
+        """Refuse a checkpoint that does not hold the tensors of the stock model, and no others.
+
+        Raises:
+            ValueError: a missing, additional or mis-shaped tensor, by name.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+            expected = self._shapes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+            found = self._shapes({name: reader.shape(name) for name in reader.names})
+        optional = {"lm_head.weight"} if self.config.tie_word_embeddings or self.untie else set()
+        missing, more = sorted(set(expected) - set(found) - optional), sorted(set(found) - set(expected))
+        if missing:
+            raise ValueError(
+                f"checkpoint {reader.folder} has no {missing[0]} ({len(missing)} tensors are missing); it is incomplete, "
+                "or was saved without its language-model head: download or save it again"
+            )
+        if more:
+            raise ValueError(
+                f"checkpoint {reader.folder} holds {more[0]}, which a stock {self.config.model_type} model has no place "
+                "for; save the model by itself, with save_pretrained"
+            )
+        for name, shape in found.items():
+            if shape != expected[name]:
+                raise ValueError(f"{name} is {shape} in {reader.folder}, its config.json says {expected[name]}")
+
+    def _shapes(self, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The same under the stock names; on the meta device."""
+        pairs = (stock_tensors(name, torch.empty(shape), self.config.model_type) for name, shape in tensors.items())
+        return {name: tuple(tensor.shape) for each in pairs for name, tensor in each}
+
+
+def plan_fold(model: str | os.PathLike[str], untie: bool = False) -> FoldPlan:
+    """Check a request against the source's configuration.
+
+    Raises:
+        ValueError: naming the rule, the value and the next step.
+    """
+    _refuse_adapter(Path(model))
+    source = locate_checkpoint(model)
+    config = read_config(model, source)
+    if config.model_type not in _STOCK:
+        stock = " It is a stock checkpoint already." if config.model_type in QUERIES else ""
+        raise ValueError(f"fold takes {', '.join(_STOCK)}; {model} has model_type {config.model_type!r}.{stock}")
+    refuse_quantised(model, config, "fold")
+    target = _make_stock_config(config, untie)
+    _refuse_dcca(config, target.model_type)
+    factors = read_factors(config)
+    _refuse_shared(config, factors, untie)
+    if config.model_type == "olmoe_ext" and config.clip_qkv is not None and factors["q_norm"] != 1:
+        raise ValueError(
+            f"clip_qkv={config.clip_qkv} cuts queries and keys at one number, so no weight of a stock OLMoE can hold "
+            f"attention_multiplier={config.attention_multiplier} instead of head_dim^-0.5={read_head_dim(config) ** -0.5}; "
+            "such a model stays as it is (train it with clip_qkv=None, or with the base model's head dimension)"
+        )
+    if untie and not config.tie_word_embeddings:
+        logger.warning("untie: no effect, because the model's head and embedding are two tensors already")
+    return FoldPlan(source, target, factors, untie and config.tie_word_embeddings)
+
+
+def read_factors(config: Any) -> dict[str, float]:
+    """Kind of tensor -> what a fold multiplies its values by."""
+    return {
+        EMBEDDING: float(config.embedding_multiplier),
+        QUERIES[config.model_type.removesuffix("_ext")]: read_attention_factor(config),
+        ATTENTION_OUTPUT: float(config.residual_multiplier),
+        ROUTER: 1.0 / (config.router_logits_scaling or 1.0),
+        EXPERTS_OUTPUT: float(config.residual_multiplier),
+        HEAD: 1.0 / (config.logits_scaling or 1.0),
+    }
+
+
+def read_attention_factor(config: Any) -> float:
+    """What the attention logits are multiplied by, over what a stock model multiplies them by.
+
+    A power of two where it is one but for float64's last digit: attention kernels take both numbers in float32.
+    """
+    if config.attention_multiplier is None:
+        return 1.0
+    stock = read_head_dim(config) ** -0.5
+    factor = float(config.attention_multiplier) / stock
+    nearest = 2.0 ** round(math.log2(factor))
+    wanted, found = torch.tensor([config.attention_multiplier, nearest * stock], dtype=torch.float32).tolist()
+    return nearest if wanted == found else factor
+
+
+def is_power_of_two(factor: float) -> bool:
+    """Whether a product with it is exact."""
+    return math.frexp(factor)[0] == 0.5
+
+
+def _make_stock_config(config: Any, untie: bool) -> Any:
+    stock = _STOCK[config.model_type]
+    ours = {"model_type", *(f.name for f in fields(ExtKeys))}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ours}
+    settings["architectures"] = [stock.__name__.replace("Config", "ForCausalLM")]
+    if untie:
+        settings["tie_word_embeddings"] = False
+    return stock.from_dict(settings)  # type: ignore[attr-defined]
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter, not a model. A LoRA can be merged: PeftModel.from_pretrained(base, "
+            f"{str(folder)!r}).merge_and_unload().save_pretrained(...), then fold that. PERFT's adapters cannot be merged; "
+            "serve them on the model they were trained on"
+        )
+
+
+def _refuse_dcca(config: Any, model_type: str) -> None:
+    layers = [i for i, block in enumerate(config.moe_blocks) if block == DCCA]
+    if layers:
+        raise ValueError(
+            f"layers {', '.join(map(str, layers))} are DCCA blocks (moe_block), which a stock {model_type} model does not "
+            "have: only models whose every layer has moe_block='standard' can be folded"
+        )
+
+
+def _refuse_shared(config: Any, factors: dict[str, float], untie: bool) -> None:
+    if config.tie_word_embeddings and not untie and factors[EMBEDDING] != factors[HEAD]:
+        raise ValueError(
+            f"tie_word_embeddings=True: one tensor is embedding and head, and cannot take both embedding_multiplier="
+            f"{config.embedding_multiplier} and 1 / logits_scaling={factors[HEAD]:.6g}; write untie=True (--untie) for a "
+            "stock model with a head of its own"
+        )
