@@ -35,10 +35,12 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "CoordCheck": "hf_moe_ext.mup.coord_check",
+    "check_coordinates": "hf_moe_ext.mup.coord_check",
     "param_groups": "hf_moe_ext.mup.groups",
     "trainer_optimizer": "hf_moe_ext.mup.groups",
 }
-__all__ = ["param_groups", "trainer_optimizer"]
+__all__ = ["CoordCheck", "check_coordinates", "param_groups", "trainer_optimizer"]
 
 
 def __getattr__(name: str) -> Any:

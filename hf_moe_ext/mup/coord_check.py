@@ -23,6 +23,7 @@ from hf_moe_ext.mup.widening import change, widen
 BETAS, EPS = (0.9, 0.95), 1e-12  # an epsilon that never matters, so that the groups' own is not what is checked
 WIDTHS, NUM_STEPS, LEARNING_RATE = (64, 128, 256, 512), 6, 4e-3
 NUM_SEQUENCES, SEQUENCE_LENGTH = 8, 64
+_NUM_KINDS = 64  # of tokens in a drawn batch
 SUPPORTED = ("mixtral_ext", "olmoe_ext")
 _EXT_OF_STOCK = {"mixtral": "mixtral_ext", "olmoe": "olmoe_ext"}
 
@@ -105,7 +106,7 @@ class CoordCheck:
         }
 
 
-def coord_check(
+def check_coordinates(
     config: Any,
     widths: Sequence[int] = WIDTHS,
     *,
@@ -132,7 +133,7 @@ def coord_check(
         num_steps: optimizer steps; the bars are asked after 1, 3 and 6.
         seeds: for the weights.
         lr: learning rate at the base width; large, so that what was drawn at random fades quickly.
-        tokens: the batch, ids [rows, length]; None: drawn uniformly from the vocabulary, the same for all.
+        tokens: the batch, ids [rows, length]; None: ``draw_tokens``, the same for all.
         num_sequences: rows of a drawn batch.
         sequence_length: tokens of a row of a drawn batch.
         hold_latent: keep a DCCA block's latent at its size while the width grows.
@@ -173,7 +174,7 @@ def measure(
     device: str | torch.device = "cpu",
     model_init: ModelInit | None = None,
 ) -> list[Size]:
-    """Train one model and write down its sizes before each step and after the last; arguments as ``coord_check``."""
+    """Train one model and write down its sizes before each step and after the last; arguments as ``check_coordinates``."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had been drawn
         torch.manual_seed(seed)
         model: Any = (model_init or _build_model)(config)
@@ -214,11 +215,17 @@ def _build_model(config: Any) -> nn.Module:
 
 
 def draw_tokens(vocab_size: int, num_sequences: int, sequence_length: int) -> Tensor:
-    """A batch [rows, length] drawn uniformly from a vocabulary, always the same."""
+    """A batch [rows, length], always the same: at most 64 kinds of tokens, the k-th as frequent as 1 / k.
+
+    Of more kinds than a narrow model is wide, none gets a direction of its own, and what they share shrinks as the width
+    grows: a slope of -1/2 that says nothing about the parametrisation. So a batch is like text rather than uniform.
+    """
     for name, value, least in (("num_sequences", num_sequences, 1), ("sequence_length", sequence_length, 2)):
         _check_count(name, value, least)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (num_sequences, sequence_length), generator=generator)
+    frequencies = 1 / torch.arange(1, min(vocab_size, _NUM_KINDS) + 1, dtype=torch.float64)
+    ids = torch.multinomial(frequencies, num_sequences * sequence_length, replacement=True, generator=generator)
+    return ids.reshape(num_sequences, sequence_length)
 
 
 def read_config(source: str) -> Any:
@@ -234,6 +241,16 @@ def read_config(source: str) -> Any:
         raise ValueError(
             f"the configuration of {source!r} cannot be read: {first}; pass a Hub id, a folder or a config.json that "
             "Transformers knows"
+        ) from error
+
+
+def parse_numbers(name: str, text: str) -> list[int]:
+    """Numbers with commas between them; an error names the option."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: must be whole numbers with commas between them, as in 64,128; got {text!r}"
         ) from error
 
 
@@ -274,7 +291,7 @@ def prepare_config(config: Any) -> tuple[Any, tuple[str, ...]]:
 def check_arguments(
     config: Any, widths: Sequence[int], num_steps: int, seeds: Sequence[int], lr: float, hold_latent: bool
 ) -> None:
-    """Refuse what cannot be run; see ``coord_check``."""
+    """Refuse what cannot be run; see ``check_coordinates``."""
     for name, values, least in (("widths", widths, 1), ("seeds", seeds, 0)):
         for value in values:
             _check_count(name, value, least)

@@ -133,7 +133,9 @@ class Probe:
             short = name[found.end() :] if found else name.removeprefix("model.")
             if parameter.grad is not None:
                 numbers[f"{WEIGHT_GRADIENT}:{short}", int(found[1]) if found else None] = rms(parameter.grad)
-        return Snapshot(float(output.loss.detach()), {key: tensor.detach() for key, tensor in self._kept.items()}, numbers)
+        return Snapshot(
+            float(output.loss.detach()), {key: tensor.detach() for key, tensor in self._kept.items()}, numbers
+        )
 
     def _keeper(self, key: Key) -> Callable[[Tensor], None]:
         def keep(tensor: Tensor) -> None:

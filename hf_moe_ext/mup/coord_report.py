@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hf_moe_ext.mup.coord_check import CoordCheck
 from hf_moe_ext.mup.coord_probe import FEATURES, WEIGHT_GRADIENT
-from hf_moe_ext.mup.coord_verdict import DELTA, JUDGED_STEPS, Row
+from hf_moe_ext.mup.coord_verdict import DELTA, JUDGED_STEPS, Finding, Row
 
 _NAMES = {
     "residual": "residual stream",
@@ -21,6 +21,7 @@ _NAMES = {
     "router_logits": "router logits",
     "attention_logits": "attention logits",
     "output_logits": "output logits",
+    "router_update": "router update",
     "router_logit_gradient": "router-logit gradient",
     "max_router_probability": "largest router probability",
     "expert_output_gradient": "gradient at expert output",
@@ -34,9 +35,9 @@ _SHOWN += [name for name in _NAMES if name not in FEATURES]
 _PANELS = (
     *(DELTA + feature for feature in FEATURES),
     "router_logits",
+    "router_update",
     "router_logit_gradient",
     "max_router_probability",
-    "covariance",
 )
 
 
@@ -78,7 +79,9 @@ def _make_table(check: CoordCheck) -> Table:
     for step in steps:
         table.add_column(f"t={step}", justify="right")
     for quantity in _SHOWN:
-        for layer in sorted({key[1] for key in rows if key[0] == quantity}, key=lambda layer: -1 if layer is None else layer):
+        for layer in sorted(
+            {key[1] for key in rows if key[0] == quantity}, key=lambda layer: -1 if layer is None else layer
+        ):
             cells = []
             for step in steps:
                 key = quantity, layer, step
@@ -107,6 +110,12 @@ def explain_findings(check: CoordCheck) -> list[str]:
         if not finding.ok
         for row in (finding.row,)
     ]
+    if any(_only_the_start_fades(check, finding) for finding in check.findings):
+        lines.append(
+            "The router's own updates (router update) are inside: what shrinks is its first weights times the change of their "
+            "input, of size n^-1/2 under µP, which is noise of narrow models; wider ones, or smaller first weights of the "
+            "router (model_init), show what is learned"
+        )
     passed = sum(finding.ok for finding in check.findings)
     verdict = "passed" if check.ok else "FAILED"
     missing = [step for step in JUDGED_STEPS if step > check.settings.num_steps]
@@ -116,6 +125,14 @@ def explain_findings(check: CoordCheck) -> list[str]:
         f"coordinate check {verdict}: {passed} of {len(check.findings)} rows at t={', '.join(map(str, judged))} are inside"
         f"{unseen}",
     ]
+
+
+def _only_the_start_fades(check: CoordCheck, finding: Finding) -> bool:
+    """Whether a router's logits change less in wider models although what it has learned does not."""
+    row = finding.row
+    if finding.ok or row.quantity != DELTA + "router_logits" or not row.slope < finding.low:
+        return False
+    return finding.low <= check.slope("router_update", row.step, row.layer) <= finding.high
 
 
 def as_json(check: CoordCheck) -> str:
