@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from hf_moe_ext.cli import app
 from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig
 from hf_moe_ext.mup import CoordCheck, check_coordinates
-from hf_moe_ext.mup.coord_check import draw_tokens, measure, prepare_config
+from hf_moe_ext.mup.coord_check import measure
+from hf_moe_ext.mup.coord_input import draw_tokens, prepare_config
 from hf_moe_ext.mup.coord_probe import RECORDED_ATTENTION, Probe, align, rms
 from hf_moe_ext.mup.coord_report import as_json, draw_check, explain_findings, write_json, write_png
 from hf_moe_ext.mup.coord_verdict import Row, Size, fit_rows, fit_slope, judge
@@ -323,7 +324,7 @@ def test_a_held_latent_needs_a_base_that_has_it() -> None:
 
 
 def test_other_families_are_refused() -> None:
-    with pytest.raises(ValueError, match="families mixtral_ext, olmoe_ext .*; got model_type 'llama'"):
+    with pytest.raises(ValueError, match=r"families mixtral_ext, olmoe_ext .*; got model_type 'llama'"):
         check_coordinates(LlamaConfig(), (32, 64))
     with pytest.raises(TypeError, match="config must be a configuration of Transformers, got dict"):
         check_coordinates({"hidden_size": 32}, (32, 64))
