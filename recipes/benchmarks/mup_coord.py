@@ -10,7 +10,6 @@ import argparse
 import inspect
 import json
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -82,11 +81,13 @@ def main() -> None:
             print(f"{cell.name} done", flush=True)
     found = {cell: options.work_dir / f"{cell.name}.json" for cell in cells}
     results = {
-        "command": shlex.join(["python", "recipes/benchmarks/mup_coord.py", *sys.argv[1:]]),
+        # Several calls may have filled the work folder: the one that makes it all.
+        "command": "python recipes/benchmarks/mup_coord.py",
+        "missing": [cell.name for cell, path in found.items() if not path.is_file()],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "runs": [json.loads(path.read_text("utf-8")) for path in found.values() if path.is_file()],
+        "runs": [_shorten(json.loads(path.read_text("utf-8"))) for path in found.values() if path.is_file()],
     }
     options.card_dir.mkdir(parents=True, exist_ok=True)
     (options.card_dir / "mup-coord.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
@@ -168,6 +169,17 @@ def run_cell(cell: Cell, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result), encoding="utf-8")
     partial.rename(path)
+
+
+def _shorten(run: dict[str, Any]) -> dict[str, Any]:
+    """What the card keeps: judged steps, and of the weights' gradients the router's and those at t = 3."""
+    rows = [row for row in run["rows"] if row["step"] in (0, 1, 3, 6)]
+    wanted = [
+        row
+        for row in rows
+        if not row["quantity"].startswith("weight_gradient") or row["step"] == 3 or "mlp.gate" in row["quantity"]
+    ]
+    return run | {"rows": wanted}
 
 
 def _round(value: Any) -> Any:

@@ -15,14 +15,19 @@ base width 32) takes six AdamW steps at 4e-3 on one batch of 8 x 64 bytes of Pyt
 slope of log2(RMS) against log2(width), layer 1 unless two are given (layer 0 / layer 1), at t = 1, 3, 6 optimizer steps; Δ is
 the change since t = 0. Under µP every Δ is to be within ±0.3 and the router's logits at t = 0 near -1/2 (-0.75 to -0.25).
 
-Command: `{command}` (torch {torch}, transformers {transformers}, Python {python}). Every number, of every quantity, layer and
-step, is in [mup-coord.json](mup-coord.json).
+Command: `{command}` (torch {torch}, transformers {transformers}, Python {python}); not yet run: {missing}.
+Every number is in [mup-coord.json](mup-coord.json).
 
 ![sizes against widths](mup-coord.png)
 
 "dcca" has a latent that grows with the width, "held" one that keeps its size. "Starts": "all 0.1" draws every matrix with
 0.1 at the base width (the embedding 0.5); "outputs 0.02" draws router and head with 0.02, Transformers' default. In the
 standard parametrisation ("sp") these are the standard deviations at every width.
+
+With "all 0.1", the reference's start, µP misses the bar in Δ router of layer 1 (and, with DCCA, barely in Δ output at t = 1).
+What falls there is not what the router learns: router update, what the change of its weights alone makes of its input, is
+flat. It is the first weights times the change of their input, noise of size n^-1/2, which at these widths is the larger part.
+Drawn smaller ("outputs 0.02"), with the same rules, widths and learning rate, it fades and every row is inside.
 """
 _SPEC = """
 ## Beside the reference
@@ -140,7 +145,12 @@ def render_card(results: dict[str, Any]) -> str:
         results: what `mup_coord.py` wrote as JSON.
     """
     runs = results["runs"]
-    parts = [_HEAD.format(**{key: results[key] for key in ("command", "torch", "transformers", "python")})]
+    parts = [
+        _HEAD.format(
+            **{key: results[key] for key in ("command", "torch", "transformers", "python")},
+            missing=", ".join(results["missing"]) or "nothing",
+        )
+    ]
     for block, start in dict.fromkeys((run["block"], run["start"]) for run in runs):
         parts.append(_render_block(block, start, [r for r in runs if (r["block"], r["start"]) == (block, start)]))
     parts.append(_render_gradients(runs))
@@ -255,11 +265,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
     lines: dict[str, Any] = {}
     for group, row in zip(groups, axes, strict=True):
         for (quantity, step), axis in zip(_PANELS, row, strict=True):
+            axis.set_yscale("log", base=2)
             for run in results["runs"]:
                 if (run["block"], run["start"]) == group:
                     lines[run["arm"]] = _draw_line(axis, run, quantity, step, arms)
+            low, high = axis.get_ylim()
+            if high < 8 * low:  # noise of a flat line is not to fill the panel
+                middle = (low * high) ** 0.5
+                axis.set_ylim(middle / 8**0.5, middle * 8**0.5)
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log", base=2)
             axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
             axis.minorticks_off()
             axis.tick_params(labelsize=8)
