@@ -290,6 +290,60 @@ def fold_multipliers(
     typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
 
 
+@app.command("coord-check", short_help="Does anything grow with the width? Coordinate check of µP.")
+def coord_check(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="config.json, folder or Hub id; only that is read.")],
+    widths: Annotated[str, typer.Option(help="Hidden sizes, at least two.")] = "64,128,256,512",
+    steps: Annotated[int, typer.Option(help="Optimizer steps; bars are asked after 1, 3 and 6.")] = 6,
+    seeds: Annotated[str, typer.Option(help="For the weights.")] = "0,1",
+    learning_rate: Annotated[float, typer.Option(help="At the base width.")] = 4e-3,
+    sequences: Annotated[int, typer.Option(help="Rows of the batch, drawn at random from the vocabulary.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 64,
+    hold_latent: Annotated[bool, typer.Option("--hold-latent", help="A DCCA block's latent keeps its size.")] = False,
+    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the JSON here.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw sizes against widths.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a configuration at several widths for a few steps; under µP no change of an activation grows with the width.
+
+    Exit code: 0 all slopes are inside the bars, 1 one is outside, 2 refused.
+    """
+    from hf_moe_ext.mup.coord_check import check_coordinates
+    from hf_moe_ext.mup.coord_input import parse_numbers, read_config
+    from hf_moe_ext.mup.coord_report import as_json as to_json
+    from hf_moe_ext.mup.coord_report import print_check, require_matplotlib, write_json, write_png
+
+    try:
+        if png is not None:
+            require_matplotlib()
+        check = check_coordinates(
+            read_config(config),
+            parse_numbers("widths", widths),
+            num_steps=steps,
+            seeds=parse_numbers("seeds", seeds),
+            lr=learning_rate,
+            num_sequences=sequences,
+            sequence_length=length,
+            hold_latent=hold_latent,
+            device=device,
+        )
+        if output is not None:
+            write_json(check, output)
+        if png is not None:
+            write_png(check, png)
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"hf-moe coord-check: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(to_json(check))
+    else:
+        from rich.console import Console
+
+        print_check(check, Console(highlight=False))
+    raise typer.Exit(0 if check.ok else 1)
+
+
 def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str, Any]:
     """The options the user wrote; those left out keep the default of the class they are passed to."""
     given = {name: value for name, value in context.params.items() if name not in besides and value is not None}

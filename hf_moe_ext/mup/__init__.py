@@ -42,12 +42,14 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "CoordCheck": "hf_moe_ext.mup.coord_check",
     "MuonWithAdamW": "hf_moe_ext.mup.muon",
+    "check_coordinates": "hf_moe_ext.mup.coord_check",
     "muon_groups": "hf_moe_ext.mup.muon",
     "param_groups": "hf_moe_ext.mup.groups",
     "trainer_optimizer": "hf_moe_ext.mup.groups",
 }
-__all__ = ["MuonWithAdamW", "muon_groups", "param_groups", "trainer_optimizer"]
+__all__ = ["CoordCheck", "MuonWithAdamW", "check_coordinates", "muon_groups", "param_groups", "trainer_optimizer"]
 
 
 def __getattr__(name: str) -> Any:
