@@ -118,6 +118,8 @@ def trainer_optimizer(
 
     Built when the Trainer asks, on the model it then has: under FSDP2, expert parallelism, a second training, or a search
     with ``model_init``. The Trainer passes none of its own settings on, so either give ``args`` or write the numbers here.
+    What comes from ``args`` is read when the optimizer is built: a search changes them from trial to trial, and a number
+    written here would hold for all of its trials.
 
     Args:
         model: a µP model; looked at now, so that mistakes come before training.
@@ -141,36 +143,51 @@ def trainer_optimizer(
         ValueError: a schedule with an absolute floor, no learning rate, an unknown kind of optimizer.
     """
     rule = _choose_rule(optimizer_class, rule)
-    if args is not None:
-        _check_schedule(args)
-        if rule == "adam":
-            options = {"betas": (args.adam_beta1, args.adam_beta2)} | options
-        lr = args.learning_rate if lr is None else lr
-        weight_decay = args.weight_decay if weight_decay is None else weight_decay
-        eps = args.adam_epsilon if eps is None else eps
-    if lr is None:
+    written = {"lr": lr, "weight_decay": weight_decay, "eps": eps}
+    numbers = {name: value for name, value in written.items() if value is not None}
+    if args is None and lr is None:
         raise ValueError("trainer_optimizer: give lr, or args=TrainingArguments(learning_rate=...)")
     settings: dict[str, Any] = {
-        "lr": lr,
-        "weight_decay": weight_decay or 0.0,
-        "eps": _DEFAULT_EPS if eps is None else eps,
         "rule": rule,
         "independent_weight_decay": independent_weight_decay,
         "decay_embeddings": decay_embeddings,
         "decay_routers": decay_routers,
     }
-    param_groups(model, **settings)
-    return MupOptimizerFactory, {"optimizer_class": optimizer_class, "settings": settings, "options": options}
+    settings |= numbers
+    if args is not None:
+        _check_schedule(args)
+    param_groups(model, **{**_read_numbers(args), **settings})
+    return MupOptimizerFactory, {
+        "optimizer_class": optimizer_class,
+        "args": args,
+        "settings": settings,
+        "options": options,
+    }
 
 
 class MupOptimizerFactory:
     """What the Trainer calls when it needs an optimizer; see ``trainer_optimizer``."""
 
     def __call__(
-        self, model: nn.Module, optimizer_class: type[Optimizer], settings: dict[str, Any], options: dict[str, Any]
+        self,
+        model: nn.Module,
+        optimizer_class: type[Optimizer],
+        args: Any,
+        settings: dict[str, Any],
+        options: dict[str, Any],
     ) -> Optimizer:
         """An optimizer on the groups of the model; ``defaults["lr"]`` is the base rate, which schedules with a floor divide by."""
+        settings = {**_read_numbers(args), **settings}
+        if args is not None and settings["rule"] == "adam":
+            options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
         return optimizer_class(param_groups(model, **settings), lr=settings["lr"], **options)  # type: ignore[call-arg]
+
+
+def _read_numbers(args: Any) -> dict[str, float]:
+    """Of ``TrainingArguments`` as they are now; the defaults without."""
+    if args is None:
+        return {"weight_decay": 0.0, "eps": _DEFAULT_EPS}
+    return {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.adam_epsilon}
 
 
 def _choose_rule(optimizer_class: type[Optimizer], rule: Optimiser | None) -> Optimiser:
