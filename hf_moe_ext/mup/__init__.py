@@ -35,10 +35,35 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "AXES": "hf_moe_ext.mup.widening",
+    "Cell": "hf_moe_ext.mup.sweep",
+    "Sweep": "hf_moe_ext.mup.sweep",
+    "draw_sweep": "hf_moe_ext.mup.sweep_plot",
+    "find_cell": "hf_moe_ext.mup.sweep",
+    "find_optimum": "hf_moe_ext.mup.optimum",
     "param_groups": "hf_moe_ext.mup.groups",
+    "read_cells": "hf_moe_ext.mup.sweep",
+    "run_cell": "hf_moe_ext.mup.sweep",
+    "run_cells": "hf_moe_ext.mup.sweep",
+    "search_cells": "hf_moe_ext.mup.sweep",
+    "summarize": "hf_moe_ext.mup.optimum",
     "trainer_optimizer": "hf_moe_ext.mup.groups",
 }
-__all__ = ["param_groups", "trainer_optimizer"]
+__all__ = [
+    "AXES",
+    "Cell",
+    "Sweep",
+    "draw_sweep",
+    "find_cell",
+    "find_optimum",
+    "param_groups",
+    "read_cells",
+    "run_cell",
+    "run_cells",
+    "search_cells",
+    "summarize",
+    "trainer_optimizer",
+]
 
 
 def __getattr__(name: str) -> Any:
