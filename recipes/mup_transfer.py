@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_arguments import UserError
-from hf_moe_ext.mup import Cell, Sweep, draw_sweep, find_cell, run_cell, summarize
+from hf_moe_ext.mup import Cell, Sweep, draw_sweep, find_cell, record_training_arguments, run_cell, summarize
 from mup_transfer_arguments import build_sweep, parse_transfer_arguments
 from mup_transfer_card import judge, render
 
@@ -116,7 +116,20 @@ def describe_study(sweep: Sweep, arguments: argparse.Namespace) -> dict[str, Any
         "model": sweep.base_config.to_dict(),
         "head_dim": arguments.head_dim,
         "settings": dict(sweep.settings),
+        # What `hf-moe transfer` takes over.
+        "base_configs": {
+            mode: sweep.configure(Cell(mode, sweep.values[0], 1.0)).to_dict() for mode in sweep.learning_rates
+        },
+        "training_arguments": read_training_arguments(arguments, max(sweep.max_steps)),
     }
+
+
+def read_training_arguments(arguments: argparse.Namespace, max_steps: int) -> dict[str, Any]:
+    """The cells' training arguments, less the cell's own."""
+    from mup_transfer_training import training_arguments
+
+    args = training_arguments(arguments, Cell("none", 1, 1.0, 0, max_steps))
+    return record_training_arguments(args, arguments.length)
 
 
 def describe_device(arguments: argparse.Namespace) -> str:

@@ -132,6 +132,12 @@ def _render_limits(results: Mapping[str, Any]) -> str:
         "are not covered by the theory; `--axis` and a second `--max_steps` show where it stops.",
         "- Regret is of the mean curve over seeds, against its own best; seed spread is greatest less least loss at that rate.",
     ]
+    for arm in results["arms"]:
+        found = [(e["value"], e["optimum"]["loss"]) for e in arm["values"] if e["optimum"] is not None]
+        losses = ", ".join(f"{loss:.4f} at {value}" for value, loss in found)
+        lines.append(
+            f"- Best loss of mup={arm['mode']} ({arm['max_steps']} steps), the rate tuned at each value: {losses}."
+        )
     outside = [
         f"mup={arm['mode']} at {entry['value']} ({arm['max_steps']} steps)"
         for arm in results["arms"]

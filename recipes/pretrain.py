@@ -21,11 +21,13 @@ from transformers.utils import logging
 from accelerate import PartialState
 from entry import refuse_common_mistakes, run_recipe
 from evaluation import RowLosses, measure_losses, sum_answer_nats
+from finetune_arguments import UserError
 from held_out import MeasureFirst, Measurement, read_measurement
+from hf_moe_ext.mup import record_training_arguments, trainer_optimizer
 from output_folder import claim_output_folder, find_checkpoint, push_folder
-from pretrain_arguments import PretrainArguments, parse_pretrain_arguments
+from pretrain_arguments import PretrainArguments, PretrainTrainingArguments, parse_pretrain_arguments
 from pretrain_data import Packed, Texts, pack, prepare_tokenizer, read_texts
-from pretrain_model import build_config, build_model, check_model, describe_model, save_model
+from pretrain_model import build_config, build_model, build_outline, check_model, describe_model, save_model
 from quickstart.ngram import ByteNgram
 from reporting import Clock, append_results, compare_losses, draw_loss_curve, write_metrics
 
@@ -33,6 +35,7 @@ logger = logging.get_logger("pretrain")
 
 LOSS_CURVE, METRICS, BEFORE = "loss_curve.png", "metrics.json", "before.json"
 NGRAM_ORDER = 3
+MUP_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +63,7 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
         tokenizer = prepare_tokenizer(arguments, texts)
         packed = pack(texts, tokenizer, arguments)
     config = build_config(arguments, tokenizer)
+    choose_optimizer(build_outline(config), training)  # a mistake comes before anything is written
     if training.process_index == 0:
         claim_output_folder(arguments)
     PartialState().wait_for_everyone()
@@ -79,6 +83,8 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
     metrics = {
         "command": command,
         "settings": arguments.describe(),
+        # What `hf-moe transfer` takes over to a larger model.
+        "training_arguments": record_training_arguments(training, arguments.data.max_length),
         "model": describe_model(config),
         "loss": compare_losses(first.measurement.losses, after.losses, seed=training.seed),
         "bits_per_byte": {
@@ -117,10 +123,28 @@ def build_trainer(
         eval_dataset=curve if limit is None else curve.select(range(min(limit, len(curve)))),
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=choose_optimizer(model, arguments.training),
         preprocess_logits_for_metrics=sum_nats,
         # The loss that the Trainer reports holds the router's auxiliary loss too; this one does not.
         compute_metrics=lambda prediction: {"nats_per_token": RowLosses(*np.asarray(prediction.predictions).T).mean},
     )
+
+
+def choose_optimizer(model: PreTrainedModel, training: PretrainTrainingArguments) -> Any:
+    """What gives a µP model a learning rate per kind of tensor; None, the Trainer's own way, for another.
+
+    Raises:
+        UserError: µP does not know the optimizer, or cannot use the schedule.
+    """
+    if model.config.mup == "none":
+        return None
+    name = str(getattr(training.optim, "value", training.optim))
+    if name not in MUP_OPTIMIZERS:
+        raise UserError(f"--optim {name} with --mup {model.config.mup}: choose {' or '.join(MUP_OPTIMIZERS)}.")
+    try:
+        return trainer_optimizer(model, args=training, **({"fused": True} if name.endswith("fused") else {}))
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def sum_nats(outputs: torch.Tensor | tuple[Any, ...], labels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Loss against learning rate, a curve per value of the axis and a panel per parametrisation."""
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
