@@ -83,7 +83,7 @@ def training_arguments(arguments: argparse.Namespace, cell: Any) -> TrainingArgu
     )
 
 
-class ByteRows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class ByteRows(torch.utils.data.Dataset):
     """Bytes end to end, cut into rows; a token is a byte.
 
     Attributes:

@@ -44,9 +44,9 @@ _EXPORTS = {
     "param_groups": "hf_moe_ext.mup.groups",
     "read_cells": "hf_moe_ext.mup.sweep",
     "record_training_arguments": "hf_moe_ext.mup.transfer",
-    "run_cell": "hf_moe_ext.mup.sweep",
-    "run_cells": "hf_moe_ext.mup.sweep",
-    "search_cells": "hf_moe_ext.mup.sweep",
+    "run_cell": "hf_moe_ext.mup.sweep_runs",
+    "run_cells": "hf_moe_ext.mup.sweep_runs",
+    "search_cells": "hf_moe_ext.mup.sweep_runs",
     "summarize": "hf_moe_ext.mup.optimum",
     "trainer_optimizer": "hf_moe_ext.mup.groups",
 }

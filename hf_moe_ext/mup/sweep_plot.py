@@ -21,17 +21,17 @@ def draw_sweep(
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "draw_sweep needs matplotlib: pip install 'hf_moe_ext[recipes]', or read the table of summarize()"
-        )
     if not arms:
         raise ValueError("draw_sweep: no arm to draw; run some cells first")
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # no display, and no state shared with the caller's pyplot
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "draw_sweep needs matplotlib: pip install 'hf_moe_ext[recipes]', or read the table of summarize()"
+        ) from error
 
+    # Not through pyplot, whose backend and open figures are the caller's.
     figure = Figure(figsize=(5 * len(arms), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
