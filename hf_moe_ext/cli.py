@@ -293,7 +293,7 @@ def write_transfer(
 
     Exit code: 0 written, 2 refused.
     """
-    from hf_moe_ext.mup.transfer import TransferError
+    from hf_moe_ext.mup.small_run import TransferError
     from hf_moe_ext.mup.transfer_report import format_report, write_transfer_file
 
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay}

@@ -43,7 +43,7 @@ _EXPORTS = {
     "find_optimum": "hf_moe_ext.mup.optimum",
     "param_groups": "hf_moe_ext.mup.groups",
     "read_cells": "hf_moe_ext.mup.sweep",
-    "record_training_arguments": "hf_moe_ext.mup.transfer",
+    "record_training_arguments": "hf_moe_ext.mup.small_run",
     "run_cell": "hf_moe_ext.mup.sweep_runs",
     "run_cells": "hf_moe_ext.mup.sweep_runs",
     "search_cells": "hf_moe_ext.mup.sweep_runs",

@@ -6,16 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_moe_ext.mup.transfer import (
-    NEVER_COVERED,
-    Transfer,
-    TransferError,
-    format_yaml,
-    read_arguments,
-    read_small_run,
-    read_target,
-    transfer,
-)
+from hf_moe_ext.mup.small_run import TransferError, read_arguments, read_small_run, read_target
+from hf_moe_ext.mup.transfer import NEVER_COVERED, Transfer, format_yaml, transfer
 
 
 def write_transfer_file(
