@@ -200,7 +200,13 @@ def test_a_sweep_that_cannot_be_is_refused(changes, message):
 def test_cells_go_budget_by_budget_and_seed_by_seed():
     sweep = make_sweep(seeds=(0, 1), max_steps=(3, 6), learning_rates={"mup": (0.1,), "none": (0.2,)})
     order = [(c.max_steps, c.seed, c.mode, c.value) for c in sweep.cells()]
-    assert order[:5] == [(3, 0, "mup", 32), (3, 0, "mup", 64), (3, 0, "none", 32), (3, 0, "none", 64), (3, 1, "mup", 32)]
+    assert order[:5] == [
+        (3, 0, "mup", 32),
+        (3, 0, "mup", 64),
+        (3, 0, "none", 32),
+        (3, 0, "none", 64),
+        (3, 1, "mup", 32),
+    ]
     assert len(order) == len({cell.name for cell in sweep.cells()}) == 16
 
 
@@ -280,7 +286,7 @@ def test_a_trainer_with_another_learning_rate_is_refused(tmp_path):
 
 
 def test_a_metric_that_is_not_measured_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="metric must be one that Trainer.evaluate returns, eval_loss"):
+    with pytest.raises(ValueError, match=r"metric must be one that Trainer\.evaluate returns, eval_loss"):
         run_cells(make_sweep(metric="eval_nats"), build_trainer, tmp_path)
 
 
