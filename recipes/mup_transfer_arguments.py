@@ -81,7 +81,12 @@ def build_sweep(arguments: argparse.Namespace) -> Sweep:
             settings=describe_settings(arguments),
         )
         for cell in {(cell.mode, cell.value): cell for cell in sweep.cells()}.values():
-            sweep.configure(cell)
+            config = sweep.configure(cell)
+            active, experts = config.num_experts_per_tok, config.num_local_experts
+            if active > experts:
+                raise UserError(
+                    f"{cell.value}: {active} active experts of {experts}; top_k can be no more than num_experts."
+                )
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     return sweep
