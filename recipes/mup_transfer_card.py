@@ -1,6 +1,6 @@
 """The report of `mup_transfer.py`, from its JSON alone: a table per arm, and which bars hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_SHIFT_STEPS, MAX_REGRET, LEAST_STANDARD_REGRET = 1.0, 0.02, 0.08
@@ -138,6 +138,7 @@ def _render_limits(results: Mapping[str, Any]) -> str:
         lines.append(
             f"- Best loss of mup={arm['mode']} ({arm['max_steps']} steps), the rate tuned at each value: {losses}."
         )
+    lines += _compare_tuned(results["arms"])
     outside = [
         f"mup={arm['mode']} at {entry['value']} ({arm['max_steps']} steps)"
         for arm in results["arms"]
@@ -147,6 +148,24 @@ def _render_limits(results: Mapping[str, Any]) -> str:
     if outside:
         lines.append(f"- Best rate at the edge of the grid, so the true one may lie outside: {'; '.join(outside)}.")
     return "\n".join(lines) + "\n"
+
+
+def _compare_tuned(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where a model without µP, tuned at its own width, ends lower than one with it."""
+    best = {
+        (arm["mode"], arm["max_steps"]): {e["value"]: e["optimum"]["loss"] for e in arm["values"] if e["optimum"]}
+        for arm in arms
+    }
+    lines = []
+    for (mode, steps), losses in best.items():
+        standard = best.get(("none", steps), {}) if mode == "mup" else {}
+        lower = [str(value) for value, loss in losses.items() if value in standard and standard[value] < loss]
+        if lower:
+            lines.append(
+                f"- With the rate tuned at each value by itself ({steps} steps), mup=none ends lower than mup=mup at "
+                f"{', '.join(lower)}: what µP saves here is the tuning, not loss."
+            )
+    return lines
 
 
 def _format_rate(rate: float) -> str:

@@ -308,6 +308,15 @@ def test_the_card_judges_by_the_bars(recipes, arm, verdicts):
     assert [holds for *_, holds in judge(make_results([arm]))] == verdicts
 
 
+def test_the_card_says_where_no_mup_tuned_by_itself_is_better(recipes):
+    from mup_transfer_card import _compare_tuned
+
+    arms = [make_arm("mup", 0.0, 0, loss=2.2), make_arm("none", 0.1, -2, loss=2.1)]
+    (line,) = _compare_tuned(arms)
+    assert "mup=none ends lower than mup=mup at 64" in line
+    assert _compare_tuned([make_arm("mup", 0.0, 0, loss=2.0), arms[1]]) == []
+
+
 def test_other_axes_have_no_bars(recipes):
     from mup_transfer_card import judge
 
