@@ -344,6 +344,53 @@ def coord_check(
     raise typer.Exit(0 if check.ok else 1)
 
 
+@app.command("transfer", short_help="Training arguments of a large model from a tuned small one, by µP.")
+def write_transfer(
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from", metavar="SMALL_RUN", help="Output folder of a Trainer run, or of recipes/mup_transfer.py."
+        ),
+    ],
+    target: Annotated[str, typer.Option("--to", metavar="CONFIG", help="config.json of the large model.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="YAML to write, for recipes/pretrain.py --config.")
+    ] = Path("transfer.yaml"),
+    arguments: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML of the small run's training arguments, if it kept none.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the small run, if it does not tell.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the small run, if it does not tell.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps of the large run. [default: the small one's]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per device and step. [default: the small one's]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per row. [default: the small one's]")] = None,
+    mode: Annotated[Literal["mup", "simplep"] | None, typer.Option(help="Of a sweep's arms. [default: mup]")] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Runs the tuning took. [default: those of the sweep, or 1]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the training arguments of a large model, tell the FLOPs saved and which moves the theory does not cover.
+
+    Exit code: 0 written, 2 refused.
+    """
+    from hf_moe_ext.mup.small_run import TransferError
+    from hf_moe_ext.mup.transfer_report import format_report, write_transfer_file
+
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    changes = {"max_steps": max_steps, "per_device_train_batch_size": batch_size, "max_length": max_length}
+    try:
+        result = write_transfer_file(
+            source, target, output, arguments_file=arguments, given=given, changes=changes, mode=mode, num_trials=trials,
+            overwrite=overwrite,
+        )  # fmt: skip
+    except (TransferError, OSError) as error:
+        typer.echo(f"hf-moe transfer: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else format_report(result, output))
+
+
 def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str, Any]:
     """The options the user wrote; those left out keep the default of the class they are passed to."""
     given = {name: value for name, value in context.params.items() if name not in besides and value is not None}

@@ -22,11 +22,11 @@ from accelerate import PartialState
 from entry import refuse_common_mistakes, run_recipe
 from evaluation import RowLosses, measure_losses, sum_answer_nats
 from held_out import MeasureFirst, Measurement, read_measurement
-from hf_moe_ext.mup import trainer_optimizer
+from hf_moe_ext.mup import record_training_arguments
 from output_folder import claim_output_folder, find_checkpoint, push_folder
 from pretrain_arguments import PretrainArguments, parse_pretrain_arguments
 from pretrain_data import Packed, Texts, pack, prepare_tokenizer, read_texts
-from pretrain_model import build_config, build_model, check_model, describe_model, save_model
+from pretrain_model import build_config, build_model, check_model, choose_optimizer, describe_model, save_model
 from quickstart.ngram import ByteNgram
 from reporting import Clock, append_results, compare_losses, draw_loss_curve, write_metrics
 
@@ -80,6 +80,8 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
     metrics = {
         "command": command,
         "settings": arguments.describe(),
+        # What `hf-moe transfer` takes over to a larger model.
+        "training_arguments": record_training_arguments(training, arguments.data.max_length),
         "model": describe_model(config),
         "loss": compare_losses(first.measurement.losses, after.losses, seed=training.seed),
         "bits_per_byte": {
@@ -111,7 +113,6 @@ def build_trainer(
 ) -> Trainer:
     """A plain Trainer; `--eval_strategy` measures the first `--max_curve_samples` held-out rows, `--mup` has its groups."""
     curve, limit = packed.held_out, arguments.data.max_curve_samples
-    mup = model.config.mup != "none"
     return Trainer(
         model=model,
         args=arguments.training,
@@ -119,9 +120,9 @@ def build_trainer(
         eval_dataset=curve if limit is None else curve.select(range(min(limit, len(curve)))),
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=choose_optimizer(model, arguments.training),
         preprocess_logits_for_metrics=sum_nats,
         # The loss that the Trainer reports holds the router's auxiliary loss too; this one does not.
-        optimizer_cls_and_kwargs=trainer_optimizer(model, args=arguments.training) if mup else None,
         compute_metrics=lambda prediction: {"nats_per_token": RowLosses(*np.asarray(prediction.predictions).T).mean},
     )
 

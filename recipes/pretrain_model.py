@@ -13,7 +13,9 @@ from accelerate import PartialState
 from distribution import build_distributed_config, refuse_layout
 from finetune_arguments import UserError
 from hf_moe_ext.mup import trainer_optimizer
-from pretrain_arguments import CONFIG_CLASSES, PretrainArguments
+from pretrain_arguments import CONFIG_CLASSES, PretrainArguments, PretrainTrainingArguments
+
+MUP_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 def build_config(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
@@ -54,11 +56,24 @@ def check_model(arguments: PretrainArguments) -> None:
     """
     outline = build_outline(build_config(arguments))
     refuse_layout(outline, arguments.model, arguments.training.world_size, arguments.model.dtype, "The model")
-    if outline.config.mup != "none":
-        try:
-            trainer_optimizer(outline, args=arguments.training)
-        except ValueError as error:
-            raise UserError(f"--mup {outline.config.mup}: {error}") from error
+    choose_optimizer(outline, arguments.training)
+
+
+def choose_optimizer(model: PreTrainedModel, training: PretrainTrainingArguments) -> Any:
+    """What gives a µP model a learning rate per kind of tensor; None, the Trainer's own way, for another.
+
+    Raises:
+        UserError: µP does not know the optimizer, or cannot use the schedule.
+    """
+    if model.config.mup == "none":
+        return None
+    name = str(getattr(training.optim, "value", training.optim))
+    if name not in MUP_OPTIMIZERS:
+        raise UserError(f"--optim {name} with --mup {model.config.mup}: choose {' or '.join(MUP_OPTIMIZERS)}.")
+    try:
+        return trainer_optimizer(model, args=training, **({"fused": True} if name.endswith("fused") else {}))
+    except ValueError as error:
+        raise UserError(f"--mup {model.config.mup}: {error}") from error
 
 
 def build_outline(config: Any) -> PreTrainedModel:

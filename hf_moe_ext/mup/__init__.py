@@ -42,14 +42,45 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "AXES": "hf_moe_ext.mup.widening",
+    "Cell": "hf_moe_ext.mup.sweep",
     "CoordCheck": "hf_moe_ext.mup.coord_check",
     "MuonWithAdamW": "hf_moe_ext.mup.muon",
+    "Sweep": "hf_moe_ext.mup.sweep",
     "check_coordinates": "hf_moe_ext.mup.coord_check",
+    "draw_sweep": "hf_moe_ext.mup.sweep_plot",
+    "find_cell": "hf_moe_ext.mup.sweep",
+    "find_optimum": "hf_moe_ext.mup.optimum",
     "muon_groups": "hf_moe_ext.mup.muon",
     "param_groups": "hf_moe_ext.mup.groups",
+    "read_cells": "hf_moe_ext.mup.sweep",
+    "record_training_arguments": "hf_moe_ext.mup.small_run",
+    "run_cell": "hf_moe_ext.mup.sweep_runs",
+    "run_cells": "hf_moe_ext.mup.sweep_runs",
+    "search_cells": "hf_moe_ext.mup.sweep_runs",
+    "summarize": "hf_moe_ext.mup.optimum",
     "trainer_optimizer": "hf_moe_ext.mup.groups",
 }
-__all__ = ["CoordCheck", "MuonWithAdamW", "check_coordinates", "muon_groups", "param_groups", "trainer_optimizer"]
+__all__ = [
+    "AXES",
+    "Cell",
+    "CoordCheck",
+    "MuonWithAdamW",
+    "Sweep",
+    "check_coordinates",
+    "draw_sweep",
+    "find_cell",
+    "find_optimum",
+    "muon_groups",
+    "param_groups",
+    "read_cells",
+    "record_training_arguments",
+    "run_cell",
+    "run_cells",
+    "search_cells",
+    "summarize",
+    "trainer_optimizer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -146,6 +146,8 @@ def trainer_optimizer(
 
     Built when the Trainer asks, on the model it then has: under FSDP2, expert parallelism, a second training, or a search
     with ``model_init``. The Trainer passes none of its own settings on, so either give ``args`` or write the numbers here.
+    What comes from ``args`` is read when the optimizer is built: a search changes them from trial to trial, and a number
+    written here would hold for all of its trials.
 
     Args:
         model: a µP model; looked at now, so that mistakes come before training.
@@ -177,34 +179,34 @@ def trainer_optimizer(
         raise ValueError(
             f"trainer_optimizer: adam_lr is for Muon, got {optimizer_class.__name__}; write lr={adam_lr!r}"
         )
-    rule = "adam" if with_muon else _choose_rule(optimizer_class, rule)
+    if args is None and lr is None:
+        raise ValueError("trainer_optimizer: give lr, or args=TrainingArguments(learning_rate=...)")
     if args is not None:
         _check_schedule(args)
-        if rule == "adam":
-            options = {"betas": (args.adam_beta1, args.adam_beta2)} | options
-        lr = args.learning_rate if lr is None else lr
-        weight_decay = args.weight_decay if weight_decay is None else weight_decay
-        eps = args.adam_epsilon if eps is None else eps
-    if lr is None:
-        raise ValueError("trainer_optimizer: give lr, or args=TrainingArguments(learning_rate=...)")
+    written = {"lr": lr, "weight_decay": weight_decay, "eps": eps}
     settings: dict[str, Any] = {
-        "lr": lr,
-        "weight_decay": weight_decay or 0.0,
-        "eps": DEFAULT_EPS if eps is None else eps,
+        **{name: value for name, value in written.items() if value is not None},
         "independent_weight_decay": independent_weight_decay,
         "decay_embeddings": decay_embeddings,
         "decay_routers": decay_routers,
     }
+    chosen: dict[str, Any] = {
+        "optimizer_class": optimizer_class,
+        "args": args,
+        "settings": settings,
+        "options": options,
+    }
+    numbers = {**_read_numbers(args), **settings}
     if with_muon:
         from hf_moe_ext.mup.muon import MuonWithAdamW, muon_groups
 
-        settings |= {"adam_lr": adam_lr, "adjust_lr_fn": options.pop("adjust_lr_fn", None)}
-        MuonWithAdamW(muon_groups(model, **settings), lr, **options)
-        chosen = {"optimizer_class": MuonWithAdamW, "build_groups": muon_groups}
-        return MupOptimizerFactory, {**chosen, "settings": settings, "options": options}
-    settings["rule"] = rule
-    param_groups(model, **settings)
-    return MupOptimizerFactory, {"optimizer_class": optimizer_class, "settings": settings, "options": options}
+        own = {"adam_lr": adam_lr, "adjust_lr_fn": options.pop("adjust_lr_fn", None)}
+        settings |= own
+        MuonWithAdamW(muon_groups(model, **numbers, **own), numbers["lr"], **options)
+        return MupOptimizerFactory, chosen | {"optimizer_class": MuonWithAdamW, "build_groups": muon_groups}
+    settings["rule"] = _choose_rule(optimizer_class, rule)
+    param_groups(model, **numbers, rule=settings["rule"])
+    return MupOptimizerFactory, chosen
 
 
 class MupOptimizerFactory:
@@ -214,12 +216,23 @@ class MupOptimizerFactory:
         self,
         model: nn.Module,
         optimizer_class: type[Optimizer],
+        args: Any,
         settings: dict[str, Any],
         options: dict[str, Any],
         build_groups: Callable[..., list[dict[str, Any]]] = param_groups,
     ) -> Optimizer:
         """An optimizer on the groups of the model; ``defaults["lr"]`` is the base rate, which schedules with a floor divide by."""
+        settings = {**_read_numbers(args), **settings}
+        if args is not None and settings.get("rule") != "sgd":
+            options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
         return optimizer_class(build_groups(model, **settings), lr=settings["lr"], **options)  # type: ignore[call-arg]
+
+
+def _read_numbers(args: Any) -> dict[str, float]:
+    """Of ``TrainingArguments`` as they are now; the defaults without."""
+    if args is None:
+        return {"weight_decay": 0.0, "eps": DEFAULT_EPS}
+    return {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.adam_epsilon}
 
 
 def _choose_rule(optimizer_class: type[Optimizer], rule: Optimiser | None) -> Optimiser:
