@@ -36,6 +36,9 @@ m^-1/2.
 
 Where we depart: epsilon is divided by the ratio of the output's axis, which is the papers' ε/m when all axes grow alike;
 ``simplep`` leaves the router in standard parametrisation, and nothing else.
+
+Prefer a latent that grows. One that is held starts a block whose output is of size n^-3/2, and the first steps of a wide
+model still see it rise (``model_cards/mup-coord.md``).
 """
 
 import importlib
