@@ -282,7 +282,10 @@ def _read_stored(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> 
         return FlatIndices(shape, tensors["flat"], layout)
     if kind == "row":
         check_tensors(tensors, {"columns": (num_kept,), "row_pointers": (shape[0] + 1,)})
-        return RowIndices(shape, tensors["columns"], tensors["row_pointers"], layout)
+        pointers = tensors["row_pointers"]
+        if pointers[0] != 0 or pointers[-1] != num_kept or (pointers.diff() < 0).any():
+            raise ValueError(f"sparse delta: row_pointers must rise from 0 to {num_kept}; the file is damaged")
+        return RowIndices(shape, tensors["columns"], pointers, layout)
     check_tensors(tensors, {"bitmap": (-(-shape[0] * shape[1] // 8),)})
     return BitmapIndices(shape, tensors["bitmap"], num_kept, layout)
 
