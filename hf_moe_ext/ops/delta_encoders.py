@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_moe_ext.ops.delta_indices import Indices, SeededIndices, store_positions
 from hf_moe_ext.ops.delta_metadata import LAYOUT, check_matrix, check_rank
-from hf_moe_ext.ops.delta_positions import MaskStream, check_drop_rate, count_kept
+from hf_moe_ext.ops.delta_positions import MaskStream, bernoulli_positions, check_drop_rate, count_kept
 from hf_moe_ext.ops.deltas import LowRankDelta, SparseDelta
 
 
@@ -93,9 +93,14 @@ def drop_at_random(
     check_matrix("delta", delta)
     check_drop_rate(drop_rate)
     shape = (delta.shape[0], delta.shape[1])
-    form = SeededIndices.exact if exact else SeededIndices.bernoulli
-    indices: Indices = form(shape, stream, drop_rate, layout)
-    positions = indices.positions(delta.device)
+    indices: Indices
+    if exact:
+        indices = SeededIndices.exact(shape, stream, drop_rate, layout)
+        positions = indices.positions(delta.device)
+    else:
+        # Not ``SeededIndices.bernoulli``, which would generate them once more to count them.
+        positions = bernoulli_positions(stream, delta.numel(), drop_rate, delta.device)
+        indices = SeededIndices(shape, stream, drop_rate, len(positions), layout)
     if stored is not None:
         positions = positions.sort().values
         indices = store_positions(positions, shape, stored, layout)

@@ -235,12 +235,9 @@ def read_indices(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], ver
         ValueError: another algorithm, version or format, a missing or mis-shaped part, a count or checksum that differs.
     """
     kind = metadata.get("kind")
-    if kind == "seeded":
-        indices = _read_seeded(tensors, metadata)
-    elif kind in ("flat", "row", "bitmap"):
-        indices = _read_stored(tensors, metadata)
-    else:
+    if kind not in ("seeded", "flat", "row", "bitmap"):
         raise ValueError(f"metadata: kind of indices must be seeded, flat, row or bitmap, got {kind!r}")
+    indices = (_read_seeded if kind == "seeded" else _read_stored)(tensors, metadata)
     if verify:
         _verify(indices, metadata)
     return indices

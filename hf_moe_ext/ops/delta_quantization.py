@@ -199,7 +199,7 @@ def unpack(packed: Tensor, bits: int, num_columns: int) -> Tensor:
 
 
 def _check_grid(bits: int, group_size: int) -> None:
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a positive int, or None for whole rows, got {group_size!r}")

@@ -22,7 +22,6 @@ from hf_moe_ext.scaling.ders_accounting import (
     sparse_bits_per_position,
 )
 
-
 NUM_EXPERTS = (2, 4, 8, 16, 64)
 BREAK_EVEN = {
     "seed": ("0.500", "0.250", "0.125", "0.0625", "0.0156"),
