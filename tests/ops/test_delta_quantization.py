@@ -145,6 +145,27 @@ def test_fit_is_close_to_the_best_scale(bits):
 
 
 @pytest.mark.parametrize("bits", FEW)
+@pytest.mark.parametrize("options", [{}, {"zero_points": True}, {"fit": "min_max"}])
+def test_a_short_last_group_is_fitted_alone(bits, options):
+    """The padding beside its columns has no say: the group comes out as if it were the whole matrix."""
+    delta = torch.randn(20, 21, dtype=torch.float64) + 2
+    whole = quantize(delta, bits, 16, scale_dtype=torch.float64, **options)
+    alone = quantize(delta[:, 16:], bits, 5, scale_dtype=torch.float64, **options)
+    torch.testing.assert_close(whole.decode()[:, 16:], alone.decode(), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_codes_are_chosen_for_the_stored_scale(zero_points):
+    """At 8 bits a bfloat16 scale moves the outer levels by a third of a step; each code is the nearest all the same."""
+    delta = torch.randn(16, 128)
+    code = quantize(delta, 8, 128, zero_points)
+    levels = unpack(code.codes, 8, 128).float()
+    inside = (levels > 0) & (levels < 255)
+    error = (code.decode() - delta).abs()
+    assert (error <= code.scales.float() / 2 * (1 + 1e-4))[inside].all()
+
+
+@pytest.mark.parametrize("bits", FEW)
 @pytest.mark.parametrize("zero_points", [False, True])
 def test_zeros_and_constants_stay_what_they_are(bits, zero_points):
     delta = torch.zeros(2, 40)
