@@ -25,10 +25,12 @@ class Axes:
     Attributes:
         fan_out: axis of its output; of a norm's gain and a bias, the axis they lie along.
         fan_in: axis of its input; None for a norm's gain or a bias.
+        adapts: of an adapter's part, the axes of the weight that the adapter is added to.
     """
 
     fan_out: str
     fan_in: str | None = None
+    adapts: "Axes | None" = None
 
 
 _MODEL: dict[str, Axes] = {
@@ -41,13 +43,14 @@ _MODEL: dict[str, Axes] = {
     r"self_attn\.[qk]_norm\.weight": Axes(ATTENTION),
     r"(?:input_layernorm|post_attention_layernorm|norm)\.weight": Axes(HIDDEN),
 }
+_ROUTER = Axes(EXPERTS, HIDDEN)
 _STANDARD: dict[str, Axes] = {
-    r"(?:mlp\.gate|block_sparse_moe\.router)\.weight": Axes(EXPERTS, HIDDEN),
+    r"(?:mlp\.gate|block_sparse_moe\.router)\.weight": _ROUTER,
     r"experts\.gate_up_proj": Axes(INTERMEDIATE, HIDDEN),
     r"experts\.down_proj": Axes(HIDDEN, INTERMEDIATE),
 }
 _DCCA: dict[str, Axes] = {
-    r"mlp\.gate\.weight": Axes(EXPERTS, HIDDEN),
+    r"mlp\.gate\.weight": _ROUTER,
     r"mlp\.descend\.weight": Axes(LATENT, HIDDEN),
     r"mlp\.ascend\.weight": Axes(HIDDEN, LATENT),
     r"mlp\.latent_norm\.weight": Axes(LATENT),
@@ -111,9 +114,14 @@ def _read_adapter(name: str, config: Any) -> Axes | None:
     """LoRA and PERFT: a rank stands in the place of one of the host's axes."""
     if lora := _LORA.match(name):
         host = _find(f"{lora['host']}.weight", config) or _find(lora["host"], config)
+        if lora["host"].endswith(".experts"):
+            raise ValueError(
+                f"parameter {name!r}: LoRA on stacked experts (target_parameters) does not say in its names which matrix it "
+                "adapts, so its role is not known; adapt experts with PERFT, or give the optimizer groups of your own"
+            )
         if host is None or host.fan_in is None:
             return None
-        return Axes(RANK, host.fan_in) if lora["half"].endswith("A") else Axes(host.fan_out, RANK)
+        return Axes(RANK, host.fan_in, host) if lora["half"].endswith("A") else Axes(host.fan_out, RANK, host)
     if perft := _PERFT.search(name):
         block = name[: perft.start()].rpartition(".")[0]
         first = _find(f"{block}.experts.gate_up_proj", config)  # its fan_in is the width that the experts are handed
@@ -123,8 +131,8 @@ def _read_adapter(name: str, config: Any) -> Axes | None:
             "A": Axes(RANK, first.fan_in),
             "B": Axes(first.fan_in, RANK),
             "router": Axes(EXPERTS, first.fan_in),
-            "base_router": Axes(EXPERTS, HIDDEN),
-            "base_router_A": Axes(RANK, HIDDEN),
-            "base_router_B": Axes(EXPERTS, RANK),
+            "base_router": Axes(EXPERTS, HIDDEN, _ROUTER),
+            "base_router_A": Axes(RANK, HIDDEN, _ROUTER),
+            "base_router_B": Axes(EXPERTS, RANK, _ROUTER),
         }[perft["part"]]
     return None

@@ -19,11 +19,13 @@ puts the latent block of ``hf_moe_ext.dcca`` in the place of the stock one.
 | ``mup_base_intermediate_size`` | same ratio as the width | ``intermediate_size`` of that model |
 | ``mup_base_head_dim`` | the head dimension | of that model |
 | ``mup_base_latent_size`` | same ratio as the width | ``moe_latent_size`` of that model |
-| ``embedding_multiplier`` | 1 | times the embedding's rows |
+| ``embedding_multiplier`` | 1 | times the embedding's rows; ``inputs_embeds`` are taken as they are |
 | ``attention_multiplier`` | d^-0.5, under µP sqrt(d_base) / d | times the attention logits |
 | ``residual_multiplier`` | 1 | times what attention and experts add |
 | ``logits_scaling`` | 1; in the multiplier form the width ratio | divides the output logits |
 | ``router_logits_scaling`` | 1; with ``"mup"`` in the multiplier form the ratio | divides the router's logits |
+
+Multipliers left open are stored as numbers, which hang on the width: leave them out of a config.json copied for another.
 
 On disk a checkpoint has the module names, experts stacked: the Trainer reads checkpoints back that way. Checkpoints of
 the stock families, one matrix per expert, are read too, and stock classes read ours where every block is standard.

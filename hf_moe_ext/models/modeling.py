@@ -42,10 +42,11 @@ class ChosenBlocks:
             multiply_layer(layer, config)
         if hasattr(model, "embed_tokens"):
             multiply_embedding(model.embed_tokens, config)
-        if hasattr(model, "lm_head"):
+        if hasattr(model, "lm_head"):  # once more: keys that were open are numbers now
             divide_logits(model.lm_head, config.logits_scaling)
         if config.mup != NONE:
             _set_init_factors(model, config)
+            watch(model)
         super().post_init()  # type: ignore[misc]
 
     @classmethod
@@ -99,10 +100,10 @@ class ChosenBlocks:
         super().set_input_embeddings(value)  # type: ignore[misc]
         multiply_embedding(value, self.config)  # type: ignore[attr-defined]
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """The same for the head."""
-        super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
-        divide_logits(new_embeddings, self.config.logits_scaling)  # type: ignore[attr-defined]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: it is trained by other optimizers."""
+        super().__setstate__(state)  # type: ignore[misc]
+        watch(self)  # type: ignore[arg-type]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -153,7 +154,12 @@ class ChosenBlocksForCausalLM(ChosenBlocks):
         head.num_experts_per_tok = config.num_experts_per_tok
         head.register_forward_hook(_name_latent)
         head.post_init()
-        watch(head)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever becomes the head has its input divided: a resized one, one that an adapter wraps, one taken out of it."""
+        super().__setattr__(name, value)
+        if name == "lm_head" and isinstance(value, nn.Module):
+            divide_logits(value, self.config.logits_scaling)  # type: ignore[attr-defined]
 
 
 class OlmoeExtModel(ChosenBlocks, OlmoeModel):

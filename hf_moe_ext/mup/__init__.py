@@ -25,7 +25,9 @@ A tensor's role follows from its declared axes (``hf_moe_ext/host/axes.py``) and
 * A shared expert is an expert whose width grows with the experts'. Latent experts are taken to be as wide as equal
   parameters ask: F grows as n H / R.
 * LoRA and PERFT on a µP model: A maps a width to the rank (output: η/m), B the rank to a width (input: η), as LoRA+
-  (arXiv 2402.12354) finds too; PERFT's router is an output without a multiplier. Their first weights are drawn by PEFT.
+  (arXiv 2402.12354) finds too; PERFT's router is an output without a multiplier. What is added to the router or the head is
+  divided as they are, also when it is merged, and gets their rate. Their first weights are drawn by PEFT. LoRA on stacked
+  experts (``target_parameters``) has no role: its names do not tell which matrix it adapts.
 
 Muon (``trainer_optimizer(model, torch.optim.Muon, lr=..., adam_lr=...)``) trains the hidden matrices, AdamW everything else:
 torch's Muon takes matrices only, so stacked experts are AdamW's. Muon's update has singular values near 1, and a hidden

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from hf_moe_ext.mup.rules import OPTIMISERS, Optimiser
 
 # Adam's update does not change when the gradient is multiplied by a number; that is what its column of the table is for.
 _RULE_OF: dict[type[Optimizer], Optimiser] = {AdamW: "adam", Adam: "adam", NAdam: "adam", RAdam: "adam", SGD: "sgd"}
+# Their weight decay is a term of the gradient.
+_COUPLED = (Adam, NAdam, RAdam)
 DEFAULT_EPS = 1e-8
 # Of `TrainingArguments.lr_scheduler_type`: those that hold a floor in units of a learning rate, the same for every group.
 _ABSOLUTE_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -205,7 +208,8 @@ def trainer_optimizer(
         MuonWithAdamW(muon_groups(model, **numbers, **own), numbers["lr"], **options)
         return MupOptimizerFactory, chosen | {"optimizer_class": MuonWithAdamW, "build_groups": muon_groups}
     settings["rule"] = _choose_rule(optimizer_class, rule)
-    param_groups(model, **numbers, rule=settings["rule"])
+    _check_decay(optimizer_class, numbers["weight_decay"], options)
+    MupOptimizerFactory()(model, **chosen)
     return MupOptimizerFactory, chosen
 
 
@@ -223,7 +227,10 @@ class MupOptimizerFactory:
     ) -> Optimizer:
         """An optimizer on the groups of the model; ``defaults["lr"]`` is the base rate, which schedules with a floor divide by."""
         settings = {**_read_numbers(args), **settings}
-        if args is not None and settings.get("rule") != "sgd":
+        if (
+            args is not None
+            and "betas" in signature(AdamW if build_groups is not param_groups else optimizer_class).parameters
+        ):
             options = {"betas": (args.adam_beta1, args.adam_beta2), **options}
         return optimizer_class(build_groups(model, **settings), lr=settings["lr"], **options)  # type: ignore[call-arg]
 
@@ -247,6 +254,15 @@ def _choose_rule(optimizer_class: type[Optimizer], rule: Optimiser | None) -> Op
             "Prodigy, D-Adaptation) cannot keep µP's"
         )
     return known
+
+
+def _check_decay(optimizer_class: type[Optimizer], weight_decay: float, options: dict[str, Any]) -> None:
+    if optimizer_class in _COUPLED and weight_decay and not options.get("decoupled_weight_decay"):
+        raise ValueError(
+            f"trainer_optimizer: {optimizer_class.__name__} adds weight_decay={weight_decay} to the gradient and then divides "
+            "by its size, so that no coefficient per group keeps its effect over widths; write AdamW, "
+            "decoupled_weight_decay=True, or weight_decay=0"
+        )
 
 
 def _check_schedule(args: Any) -> None:

@@ -5,6 +5,7 @@ optimizer a second time. torch lets anyone look at optimizers before they step (
 is done here from the first µP model on. It reads learning rates, warns once per optimizer, and changes nothing.
 """
 
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -13,7 +14,7 @@ from torch.optim import SGD, Muon, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.utils import logging
 
-from hf_moe_ext.mup.roles import NONE, TensorRole, assign_roles
+from hf_moe_ext.mup.roles import NONE, TensorRole, read_role
 from hf_moe_ext.mup.rules import HIDDEN, Optimiser
 from hf_moe_ext.mup.spectral import muon_factors
 
@@ -23,15 +24,15 @@ _TOLERANCE = 1e-6  # what rounding leaves between two quotients
 _watched: WeakSet[nn.Module] = WeakSet()
 # Of a group that holds parameters of a µP model: rule and learning rate factor. Rates of two rules are not compared.
 _Factor = tuple[Optimiser, float]
-# Optimizer -> what its groups are; None once nothing is left to say.
-_known: WeakKeyDictionary[Optimizer, list[_Factor | None] | None] = WeakKeyDictionary()
+# Optimizer -> how many parameters it had, and what its groups are; None once nothing is left to say.
+_known: WeakKeyDictionary[Optimizer, tuple[int, list[_Factor | None]] | None] = WeakKeyDictionary()
 _hooked = False
 
 
 def watch(model: nn.Module) -> None:
     """Warn at the first step of an optimizer that gives this model's parameters other learning rates than µP's."""
     global _hooked
-    if model.config.mup == NONE:  # type: ignore[union-attr]
+    if getattr(getattr(model, "config", None), "mup", NONE) == NONE:
         return
     _watched.add(model)
     if not _hooked:
@@ -45,14 +46,17 @@ def leave_alone(optimizer: Optimizer) -> None:
 
 
 def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
-    if optimizer not in _known:
-        _known[optimizer] = _read_factors(optimizer)
-    factors = _known[optimizer]
-    if factors is None:
+    if optimizer in _known and _known[optimizer] is None:
+        return
+    count, known = sum(len(group["params"]) for group in optimizer.param_groups), _known.get(optimizer)
+    if known is None or known[0] != count:  # groups may be added
+        factors = _read_factors(optimizer)
+        known = _known[optimizer] = None if factors is None else (count, factors)
+    if known is None:
         return
     rates: dict[Optimiser, list[float]] = {}
-    for group, found in zip(optimizer.param_groups, factors, strict=False):
-        if found is not None:
+    for group, found in zip(optimizer.param_groups, known[1], strict=True):
+        if found is not None and group["lr"]:
             rates.setdefault(found[0], []).append(group["lr"] / found[1])
     if any(max(each) - min(each) > _TOLERANCE * max(each) for each in rates.values()):
         _known[optimizer] = None
@@ -64,12 +68,7 @@ def _look(optimizer: Optimizer, _: Any, __: Any) -> None:
 
 def _read_factors(optimizer: Optimizer) -> list[_Factor | None] | None:
     """Rule and factor of each group, if they are µP's; else warn."""
-    expected = {}
-    for model in _watched:
-        roles = assign_roles(model)
-        for name, parameter in model.named_parameters():
-            if name in roles and not any(part in name for part in (".lora_", ".perft_")):
-                expected[id(parameter)] = (name, roles[name])
+    expected = _find_roles({id(p) for group in optimizer.param_groups for p in group["params"]})
     found: list[_Factor | None] = []
     rates: dict[Optimiser, dict[str, float]] = {}
     for group in optimizer.param_groups:
@@ -80,9 +79,12 @@ def _read_factors(optimizer: Optimizer) -> list[_Factor | None] | None:
             _warn(f"{type(optimizer).__name__} trains {other} of a µP model, and Muon is for its hidden matrices only")
             return None
         factors = [(name, _read_lr_factor(role, p, rule, group)) for name, role, p in known]
-        rate = float(group.get("initial_lr", group["lr"]))
-        rates.setdefault(rule, {}).update({name: rate / factor for name, factor in factors})
-        found.append((rule, factors[0][1]) if factors else None)
+        rate = group.get("initial_lr", group["lr"])
+        if not factors or not rate:  # of somebody else, or chosen by the optimizer, or held still
+            found.append(None)
+            continue
+        rates.setdefault(rule, {}).update({name: float(rate) / factor for name, factor in factors})
+        found.append((rule, factors[0][1]))
     for each in rates.values():
         if not each:
             continue
@@ -94,6 +96,18 @@ def _read_factors(optimizer: Optimizer) -> list[_Factor | None] | None:
             )
             return None
     return found if any(rates.values()) else None
+
+
+def _find_roles(wanted: set[int]) -> dict[int, tuple[str, TensorRole]]:
+    """Of the µP models' own parameters among these, by identity; adapters and what has no role are nobody's business here."""
+    found: dict[int, tuple[str, TensorRole]] = {}
+    # A model is watched beside the one it is part of; the longest name says most.
+    for model in sorted(_watched, key=lambda model: hasattr(model, "lm_head")):
+        for name, parameter in model.named_parameters():
+            if id(parameter) in wanted and not any(part in name for part in (".lora_", ".perft_")):
+                with suppress(ValueError):
+                    found[id(parameter)] = (name, read_role(name, model.config))
+    return found
 
 
 def _read_rule(optimizer: Optimizer, group: dict[str, Any]) -> Optimiser:

@@ -29,13 +29,22 @@ def multiply_layer(layer: Any, config: Any) -> None:
 
 def divide_logits(projection: nn.Module, scaling: float | None) -> None:
     """What a router or head makes, divided: its input is, which also keeps the logits small in half precision."""
-    if scaling not in (None, 1) and not _has(projection._forward_pre_hooks, _divide_input):
-        projection.register_forward_pre_hook(partial(_divide_input, scaling))
+    if scaling in (None, 1):
+        return
+    for module in projection.modules():  # what an adapter has wrapped, and copied, is divided outside of it
+        for key in [key for key, hook in module._forward_pre_hooks.items() if _is(hook, _divide_input)]:
+            module._forward_pre_hooks.pop(key)
+    projection.register_forward_pre_hook(partial(_divide_input, scaling))
+    projection.input_divisor = scaling  # type: ignore[assignment]  # for who computes these logits without calling it
 
 
 def _has(hooks: dict[int, Any], function: Any) -> bool:
     """Whether it is among them already: a module may be handed back to the model it came from."""
-    return any(getattr(hook, "func", None) is function for hook in hooks.values())
+    return any(_is(hook, function) for hook in hooks.values())
+
+
+def _is(hook: Any, function: Any) -> bool:
+    return getattr(hook, "func", None) is function
 
 
 def _multiply_output(factor: float, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:

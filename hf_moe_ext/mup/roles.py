@@ -112,13 +112,14 @@ def read_role(name: str, config: Any) -> TensorRole:
 
 
 def _read_output_role(name: str, axes: Axes, config: Any) -> str:
-    """Of the outputs only the base model's own router and head have a multiplier, or are left as they are."""
-    own = ".perft_" not in name and axes.fan_in == host_axes.HIDDEN
-    if own and axes.fan_out == host_axes.EXPERTS and config.mup == SIMPLEP:
+    """Only the base model's own router and head have a multiplier, or are left as they are, and so what is added to them."""
+    target = axes.adapts or axes
+    own_router = target.fan_out == host_axes.EXPERTS and not (axes.adapts is None and ".perft_" in name)
+    if target.fan_in != host_axes.HIDDEN or not (own_router or target.fan_out == host_axes.VOCAB):
+        return rules.OUTPUT
+    if own_router and config.mup == SIMPLEP:
         return rules.STANDARD_ROUTER
-    if own and axes.fan_out in (host_axes.EXPERTS, host_axes.VOCAB) and config.mup_form == MULTIPLIER:
-        return rules.OUTPUT_MULTIPLIER
-    return rules.OUTPUT
+    return rules.OUTPUT_MULTIPLIER if config.mup_form == MULTIPLIER else rules.OUTPUT
 
 
 def assign_roles(model: nn.Module, config: Any = None, trainable_only: bool = True) -> dict[str, TensorRole]:

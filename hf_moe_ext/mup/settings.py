@@ -41,14 +41,30 @@ def resolve_parametrisation(config: Any) -> None:
         config.mup_base_head_dim = head_dim
     if config.mup_base_latent_size is None and config.moe_latent_size is not None:
         config.mup_base_latent_size = _plain(config.moe_latent_size / ratio)
-    if config.attention_multiplier is None:
-        # sqrt(d_base) / d is d^-0.5 where the head dimension is the base's, to the last bit.
-        same = config.mup_base_head_dim == head_dim
-        config.attention_multiplier = head_dim**-0.5 if same else config.mup_base_head_dim**0.5 / head_dim
-    if config.logits_scaling is None:
-        config.logits_scaling = ratio if config.mup_form == MULTIPLIER else 1.0
-    if config.router_logits_scaling is None:
-        config.router_logits_scaling = ratio if config.mup == MUP and config.mup_form == MULTIPLIER else 1.0
+    # sqrt(d_base) / d is d^-0.5 where the head dimension is the base's, to the last bit.
+    same = config.mup_base_head_dim == head_dim
+    by_rule = {
+        "attention_multiplier": head_dim**-0.5 if same else config.mup_base_head_dim**0.5 / head_dim,
+        "logits_scaling": ratio if config.mup_form == MULTIPLIER else 1.0,
+        "router_logits_scaling": ratio if config.mup == MUP and config.mup_form == MULTIPLIER else 1.0,
+    }
+    for name, value in by_rule.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    _warn_of_other_numbers(config, by_rule)
+
+
+def _warn_of_other_numbers(config: Any, by_rule: dict[str, float]) -> None:
+    """A tuned factor is one's own; the number of another width, copied with its config.json, is a mistake. Both look alike."""
+    from transformers.utils import logging
+
+    other = [name for name, value in by_rule.items() if abs(getattr(config, name) / value - 1) > 1e-6]
+    if other:
+        written = ", ".join(f"{name}={getattr(config, name):.6g} (here {by_rule[name]:.6g})" for name in other)
+        logging.get_logger(__name__).warning_once(
+            f"{written}: taken as written, though hidden_size={config.hidden_size} and head_dim={read_head_dim(config)} ask for "
+            "the numbers in brackets; leave them out if they were copied from a model of another width"
+        )
 
 
 def read_head_dim(config: Any) -> int:
@@ -87,6 +103,8 @@ def _check_relations(config: Any) -> None:
             f"mup={config.mup!r} needs mup_base_hidden_size, the hidden_size of the model whose learning rate was tuned; "
             f"write mup_base_hidden_size={config.hidden_size} for that model itself"
         )
+    if not config.num_attention_heads > 0:
+        raise ValueError(f"num_attention_heads must be at least 1, got {config.num_attention_heads!r}")
     if not config.initializer_range > 0:
         raise ValueError(
             f"initializer_range must be above 0 under mup={config.mup!r}, got {config.initializer_range!r}: a router of "

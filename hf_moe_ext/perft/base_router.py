@@ -101,6 +101,7 @@ class BaseRouterLayer(PerftTunerLayer):
         """Record the drift of this pass, and let its gradient reach the difference."""
         coefficients = self._coefficients(name)
         rows = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
+        rows = rows / getattr(self.base_layer, "input_divisor", 1.0)  # of a µP model's router, which is called below
         weight = self._weight().detach().to(difference.dtype)
         bias = (
             None if self.site.bias_name is None else self._parameter(self.site.bias_name).detach().to(difference.dtype)

@@ -231,3 +231,22 @@ def test_optimizers_that_are_not_known_are_refused():
         trainer_optimizer(model)
     factory, kwargs = trainer_optimizer(model, torch.optim.Adamax, lr=LR, rule="adam")
     assert {group["lr"] for group in factory()(model, **kwargs).param_groups} == {LR, LR / 4}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam])
+def test_decay_inside_the_gradient_is_refused(optimizer):
+    model = make_model("mixtral_ext", "standard", **MUP)
+    with pytest.raises(ValueError, match=rf"{optimizer.__name__} adds weight_decay=0.1 to the gradient.*write AdamW"):
+        trainer_optimizer(model, optimizer, lr=LR, weight_decay=DECAY)
+    for settings in ({}, {"weight_decay": DECAY, "decoupled_weight_decay": True}):
+        factory, kwargs = trainer_optimizer(model, optimizer, lr=LR, **settings)
+        assert {group["lr"] for group in factory()(model, **kwargs).param_groups} == {LR, LR / 4}
+
+
+def test_what_the_optimizer_does_not_take_is_refused_before_training():
+    model = make_model("mixtral_ext", "standard", **MUP)
+    with pytest.raises(TypeError, match="nonsense"):
+        trainer_optimizer(model, lr=LR, nonsense=3)
+    args = TrainingArguments("unused", use_cpu=True)
+    factory, kwargs = trainer_optimizer(model, torch.optim.RMSprop, args=args, rule="adam")  # it has no betas
+    assert factory()(model, **kwargs).param_groups[0]["lr"] == args.learning_rate

@@ -1,16 +1,18 @@
 """Training a µP model with other learning rates is said, once, and nothing else is."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.optim import SGD, AdamW
-from transformers import Trainer, TrainingArguments
+from transformers import Adafactor, AutoModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_moe_ext.mup import param_groups, trainer_optimizer
 from support import trainers
-from support.latent_models import make_model
+from support.latent_models import make_config, make_model
 
 MUP = {"mup": "mup", "mup_base_hidden_size": 8}
 IDS = torch.arange(3, 25).reshape(2, 11)
@@ -98,4 +100,43 @@ def test_a_trainer_with_our_factory_is_not(warnings, tmp_path):
     ours.train()
     ours.optimizer = ours.lr_scheduler = None
     ours.train()
+    assert warnings() == []
+
+
+def test_optimizers_of_others_are_left_in_peace(warnings):
+    model = make_model("mixtral_ext", "standard", **MUP)
+    model.score = torch.nn.Linear(4, 4)  # what a head for classification adds: it has no role
+    other = torch.nn.Linear(4, 4)
+    for optimizer in (SGD([*other.parameters(), *model.score.parameters()], lr=0.1), Adafactor(other.parameters())):
+        other(torch.ones(4)).sum().backward()
+        optimizer.step()
+    tuned = get_peft_model(
+        make_model("mixtral_ext", "standard", **MUP), LoraConfig(target_modules=["q_proj"], use_dora=True)
+    )
+    step(tuned, AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.01))
+    assert warnings() == []
+
+
+def test_copies_inner_models_and_later_groups_are_seen(warnings):
+    twin = copy.deepcopy(make_model("mixtral_ext", "standard", **MUP))
+    step(twin, AdamW(twin.parameters(), lr=0.01))
+    assert len(warnings()) == 1
+    inner = AutoModel.from_config(make_config("mixtral_ext", "standard", **MUP))
+    inner(IDS).last_hidden_state.sum().backward()
+    AdamW(inner.parameters(), lr=0.01).step()
+    assert len(warnings()) == 2
+    model = make_model("mixtral_ext", "standard", **MUP)
+    optimizer = AdamW([model.lm_head.weight], lr=0.01)
+    step(model, optimizer)
+    assert len(warnings()) == 2
+    optimizer.add_param_group({"params": list(model.model.layers.parameters())})
+    step(model, optimizer)
+    assert len(warnings()) == 3
+
+
+def test_a_group_that_is_held_still_is_no_mistake(warnings):
+    model = make_model("mixtral_ext", "standard", **MUP)
+    groups = param_groups(model, 0.01)
+    groups[1]["lr"] = 0.0
+    step(model, AdamW(groups, lr=0.01))
     assert warnings() == []

@@ -97,3 +97,49 @@ def test_lora_on_the_embedding_is_multiplied_too():
     before = tuned(IDS).logits
     torch.testing.assert_close(tuned.merge_and_unload()(IDS).logits, before, rtol=0, atol=1e-5)
     assert (before - model(IDS).logits).abs().max() > 1e-3
+
+
+@every_family
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+)
+def test_an_adapted_head_is_divided_once_and_merges(family, settings):
+    model = make_model(family, "standard", logits_scaling=4.0)
+    stock = model(IDS).logits
+    tuned = get_peft_model(model, LoraConfig(r=2, **settings))
+    assert torch.equal(tuned(IDS).logits, stock)  # a no-op at birth
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    before = tuned(IDS).logits
+    merged = tuned.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, before, rtol=0, atol=1e-5)
+    assert (before - stock).abs().max() > 1e-2
+    merged.lm_head.weight.data *= 4  # and once only
+    divided, merged.config.logits_scaling = merged(IDS).logits, None
+    for module in merged.lm_head.modules():
+        module._forward_pre_hooks.clear()
+    torch.testing.assert_close(merged(IDS).logits, divided * 4, rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_tuned_in_either_form_learns_the_same():
+    """Its difference is divided as the router is, so in the multiplier form it has the router's rate."""
+    from hf_moe_ext import PerftConfig
+    from hf_moe_ext.mup import param_groups
+
+    found = {}
+    for form in ("multiplier", "folded"):
+        model = make_model("mixtral_ext", "standard", mup="mup", mup_form=form, mup_base_hidden_size=8)
+        before = model(IDS, output_router_logits=True).router_logits[0].detach()
+        tuned = get_peft_model(model, PerftConfig(variant="S", base_router="train", base_router_drift_coef=0.5))
+        for name, parameter in tuned.named_parameters():
+            parameter.requires_grad_("perft_base_router" in name)
+        optimizer = torch.optim.AdamW(param_groups(tuned, 0.01, eps=1e-12), lr=0.01)
+        tuned.train()
+        for _ in range(3):
+            tuned(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[form] = tuned.eval()(IDS, output_router_logits=True).router_logits[0].detach() - before
+    torch.testing.assert_close(found["multiplier"], found["folded"], rtol=0, atol=1e-5)
+    assert found["folded"].abs().max() > 0.05

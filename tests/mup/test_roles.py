@@ -181,7 +181,7 @@ def test_adapters_follow_their_axes():
         if "embed_tokens" in name:  # from the vocabulary to the rank, and from the rank to the width
             assert role == (rules.INPUT if "embedding_B" in name else rules.FINITE)
         elif "lora_A" in name:
-            assert role == rules.OUTPUT, name
+            assert role == (rules.OUTPUT_MULTIPLIER if "lm_head" in name else rules.OUTPUT), name
         else:
             assert role == (rules.FINITE if "lm_head" in name else rules.INPUT), name
     assert len(found) == 2 * (2 + 1 + 1 + 1)
@@ -194,8 +194,15 @@ def test_adapters_follow_their_axes():
         "perft_A": {(rules.OUTPUT, 4, 1)},
         "perft_B": {(rules.INPUT, 1, 4)},
         "perft_router": {(rules.OUTPUT, 4, 1)},
-        "perft_base_router": {(rules.OUTPUT, 4, 1)},
+        "perft_base_router": {(rules.OUTPUT_MULTIPLIER, 4, 1)},  # it is divided as the router is
     }
+
+
+def test_lora_on_experts_is_refused_by_name():
+    base = make_model("mixtral_ext", "standard", mup="mup", mup_base_hidden_size=8)
+    tuned = get_peft_model(base, LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]))
+    with pytest.raises(ValueError, match=r"LoRA on stacked experts .target_parameters. does not say.*PERFT"):
+        assign_roles(tuned)
 
 
 def test_names_of_wrapped_models():

@@ -107,3 +107,20 @@ def test_base_sizes_without_mup_are_named(caplog):
     logging.get_logger("hf_moe_ext").propagate = True  # Transformers' own handler does not reach pytest
     make_config("olmoe_ext", "standard", mup_base_hidden_size=8, mup_form="folded")
     assert "mup_base_hidden_size, mup_form: no effect, because mup='none'" in caplog.text
+
+
+def test_numbers_of_another_width_are_named(caplog, tmp_path):
+    from transformers.utils import logging
+
+    logging.get_logger("hf_moe_ext").propagate = True
+    make_config("mixtral_ext", "standard", mup="mup", mup_base_hidden_size=32, vocab_size=97).save_pretrained(tmp_path)
+    assert "taken as written" not in caplog.text
+    copied = json.loads((tmp_path / "config.json").read_text()) | {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 16,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(copied))
+    AutoConfig.from_pretrained(tmp_path)
+    assert "logits_scaling=1 (here 2), router_logits_scaling=1 (here 2): taken as written" in caplog.text
+    assert "attention_multiplier=0.353553 (here 0.176777)" in caplog.text
