@@ -309,8 +309,8 @@ def coord_check(
 
     Exit code: 0 all slopes are inside the bars, 1 one is outside, 2 refused.
     """
-    from hf_moe_ext.mup.coord_check import check_coordinates
     from hf_moe_ext.mup.config_file import read_config
+    from hf_moe_ext.mup.coord_check import check_coordinates
     from hf_moe_ext.mup.coord_input import parse_numbers
     from hf_moe_ext.mup.coord_report import as_json as to_json
     from hf_moe_ext.mup.coord_report import print_check, require_matplotlib, write_json, write_png

@@ -195,7 +195,9 @@ def _read_shares(config: Any) -> dict[str, float]:
 def _check_multipliers(own: Any, target: Any) -> None:
     """Refuse numbers of the small model in the target: they come along when its config.json is copied."""
     mine, theirs = _read_shares(own), _read_shares(target)
-    wanted = {name: getattr(own, name) / mine[name] * theirs[name] for name in mine}
+    wanted = {  # the small run's own number to the last bit where nothing about it changes
+        name: getattr(own, name) * (1 if mine[name] == theirs[name] else theirs[name] / mine[name]) for name in mine
+    }
     wrong = [name for name in wanted if not math.isclose(getattr(target, name), wanted[name], rel_tol=1e-9)]
     if not wrong:
         return
