@@ -196,7 +196,7 @@ def test_what_has_no_common_base_is_refused_and_nothing_is_written(tmp_path, sma
         ),
         ({"logits_scaling": 0.5}, {"logits_scaling": 4.0}, r"write logits_scaling=2\.0 there$"),
         ({"attention_multiplier": 1.0}, {"attention_multiplier": 0.5}, r"write attention_multiplier=1\.0 there$"),
-        ({}, {"attention_multiplier": 8**-0.5 * (1 + 1e-6)}, "write attention_multiplier=0.35355339059327373 there"),
+        ({}, {"attention_multiplier": 8**-0.5 * (1 + 1e-6)}, f"write attention_multiplier={8**-0.5!r} there"),
         ({"mup": "simplep"}, {"router_logits_scaling": 4.0}, r"write router_logits_scaling=1\.0 there"),
         ({"mup_form": "folded"}, {"logits_scaling": 4.0}, r"write logits_scaling=1\.0 there"),
     ],

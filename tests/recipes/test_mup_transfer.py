@@ -216,7 +216,7 @@ def test_pretrain_refuses_an_optimizer_that_mup_does_not_know(recipes, source_di
         ({"initializer_range": "0"}, "--initializer_range must be a number above 0, got 0.0"),
         ({"embedding_std": "nan"}, "--embedding_std must be a number above 0, got nan"),
         ({"axis": "top_k", "hidden_size": "0", "values": "2"}, "--hidden_size must be at least 1, got 0"),
-        ({"values": "0"}, "values must be at least 1, got 0"),
+        ({"values": "0"}, "values must be positive numbers; got [0]"),
         ({"flag_that_is_not": "1"}, "unrecognized arguments"),
     ],
 )
