@@ -309,12 +309,17 @@ def coord_check(
 
     Exit code: 0 all slopes are inside the bars, 1 one is outside, 2 refused.
     """
+    from hf_moe_ext.mup.config_file import read_config
     from hf_moe_ext.mup.coord_check import check_coordinates
-    from hf_moe_ext.mup.coord_input import parse_numbers, read_config
+    from hf_moe_ext.mup.coord_input import parse_numbers
     from hf_moe_ext.mup.coord_report import as_json as to_json
     from hf_moe_ext.mup.coord_report import print_check, require_matplotlib, write_json, write_png
+    from hf_moe_ext.mup.output_file import check_output_file
 
     try:
+        for option, path in (("--output", output), ("--png", png)):
+            if path is not None:
+                check_output_file(option, path)
         if png is not None:
             require_matplotlib()
         check = check_coordinates(
@@ -332,8 +337,8 @@ def coord_check(
             write_json(check, output)
         if png is not None:
             write_png(check, png)
-    except (ValueError, TypeError, OSError) as error:
-        typer.echo(f"hf-moe coord-check: {error}", err=True)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, above all
+        typer.echo(f"hf-moe coord-check: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
     if as_json:
         typer.echo(to_json(check))

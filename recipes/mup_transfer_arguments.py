@@ -40,9 +40,16 @@ def parse_transfer_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.values is None:
         arguments.values = list(DEFAULT_VALUES[arguments.axis])
     least = {"num_processes": 1, "num_threads": 1, "length": 2, "batch_size": 1, "num_held_out_rows": 1}
+    sizes = ("base_hidden_size", "intermediate_ratio", "head_dim", "num_hidden_layers", "num_experts", "top_k")
+    least |= dict.fromkeys(sizes, 1) | {"router_aux_loss_coef": 0}
     for name, limit in {**least, "warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 0, "adam_epsilon": 0}.items():
         if not getattr(arguments, name) >= limit:
             raise UserError(f"--{name} must be at least {limit}, got {getattr(arguments, name)}.")
+    if arguments.hidden_size is not None and arguments.hidden_size < 1:
+        raise UserError(f"--hidden_size must be at least 1, got {arguments.hidden_size}.")
+    for name in ("initializer_range", "embedding_std"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            raise UserError(f"--{name} must be a number above 0, got {getattr(arguments, name)}.")
     for name in ("stable_until", "final_lr_ratio"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise UserError(f"--{name} must be from 0 to 1, got {getattr(arguments, name)}.")

@@ -136,6 +136,9 @@ def test_every_option_reaches_the_configuration(base: str) -> None:
         (("doctor", "x", "--variant", "Q"), "Invalid value for '--variant'"),
         (("doctor", "x", "--r", "wide"), "Invalid value for '--r'"),
         (("doctor", "x", "--nonsense"), "No such option: --nonsense"),
+        (("coord-check", "no/such/folder"), "the configuration of 'no/such/folder' cannot be read"),
+        (("transfer", "--from", "no/such/folder", "--to", "x"), "holds neither config.json"),
+        (("fold", "no/such/folder", "--output", "x"), "neither a folder here nor a model"),
         (("inspect",), "No such command 'inspect'"),
     ],
 )

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from hf_moe_ext.models.configuration import (
     ALIGNMENT,
     DCCA,
@@ -16,6 +14,7 @@ from hf_moe_ext.models.configuration import (
     OlmoeExtConfig,
     nearest_aligned,
 )
+from hf_moe_ext.mup import config_file
 
 _TARGETS: dict[str, type] = {
     "mixtral": MixtralExtConfig,
@@ -122,11 +121,7 @@ def read_config(model: str | os.PathLike[str], source: Path) -> Any:
     Raises:
         ValueError: it cannot be read; ``model`` is what the user called it.
     """
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, TypeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the configuration of {model} cannot be read: {reason}; correct its config.json") from error
+    return config_file.read_config(source, model)
 
 
 def refuse_quantised(model: str | os.PathLike[str], config: Any, conversion: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
-from hf_moe_ext.mup.coord_input import check_arguments, check_tokens, draw_tokens, prepare_config
+from hf_moe_ext.mup.coord_input import check_arguments, check_device, check_tokens, draw_tokens, prepare_config
 from hf_moe_ext.mup.coord_probe import Probe, Snapshot, rms
 from hf_moe_ext.mup.coord_verdict import DELTA, Finding, Row, Size, fit_rows, judge
 from hf_moe_ext.mup.groups import param_groups
@@ -145,6 +145,7 @@ def check_coordinates(
     """
     config, notes = prepare_config(config)
     check_arguments(config, widths, num_steps, seeds, lr, hold_latent)
+    check_device(device)
     tokens = draw_tokens(config.vocab_size, num_sequences, sequence_length) if tokens is None else tokens
     check_tokens(tokens, config.vocab_size)
     # All of them first: a width that cannot be is refused before any is trained.

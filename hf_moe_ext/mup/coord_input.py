@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from hf_moe_ext.mup.config_file import describe_error
 from hf_moe_ext.mup.roles import NONE
 from hf_moe_ext.mup.widening import change
 
@@ -27,22 +28,6 @@ def draw_tokens(vocab_size: int, num_sequences: int, sequence_length: int) -> Te
     frequencies = 1 / torch.arange(1, min(vocab_size, _NUM_KINDS) + 1, dtype=torch.float64)
     ids = torch.multinomial(frequencies, num_sequences * sequence_length, replacement=True, generator=generator)
     return ids.reshape(num_sequences, sequence_length)
-
-
-def read_config(source: str) -> Any:
-    """A configuration by Hub id, folder or file.
-
-    Raises:
-        ValueError: there is none that Transformers knows.
-    """
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"the configuration of {source!r} cannot be read: {first}; pass a Hub id, a folder or a config.json that "
-            "Transformers knows"
-        ) from error
 
 
 def parse_numbers(name: str, text: str) -> list[int]:
@@ -118,6 +103,21 @@ def _check_count(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name}: must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"{name}: must be at least {least}, got {value}")
+
+
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that this build of PyTorch cannot calculate on.
+
+    Raises:
+        ValueError: with PyTorch's own reason.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # AssertionError, RuntimeError, ImportError, by the device
+        raise ValueError(
+            f"device: PyTorch must be able to calculate on it, got {str(device)!r} ({describe_error(error)}); choose cpu or "
+            "another one that `hf-moe env` lists"
+        ) from error
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from hf_moe_ext.mup.coord_check import CoordCheck
 from hf_moe_ext.mup.coord_probe import FEATURES, WEIGHT_GRADIENT
 from hf_moe_ext.mup.coord_verdict import DELTA, JUDGED_STEPS, Finding, Row
+from hf_moe_ext.mup.output_file import write_whole
 
 _NAMES = {
     "residual": "residual stream",
@@ -150,7 +151,7 @@ def _without_nan(value: Any) -> Any:
 
 def write_json(check: CoordCheck, path: Path) -> None:
     """Write the whole file or none."""
-    _write_whole(path, lambda partial: partial.write_text(as_json(check) + "\n", encoding="utf-8"))
+    write_whole(path, lambda partial: partial.write_text(as_json(check) + "\n", encoding="utf-8"))
 
 
 def write_png(check: CoordCheck, path: Path) -> None:
@@ -160,7 +161,7 @@ def write_png(check: CoordCheck, path: Path) -> None:
         ValueError: no matplotlib.
     """
     figure = draw_check(check)
-    _write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
 
 
 def require_matplotlib() -> Any:
@@ -211,13 +212,3 @@ def _draw_panel(axis: Any, rows: Sequence[Row], widths: Sequence[int]) -> None:
     axis.minorticks_off()
     axis.tick_params(labelsize=7)
     axis.legend(fontsize=7)
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

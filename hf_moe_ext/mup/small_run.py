@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from transformers import AutoConfig
 
+from hf_moe_ext.mup.config_file import check_sizes, describe_error, read_config
 from hf_moe_ext.mup.roles import NONE
 
 # What is taken over, as TrainingArguments and recipes/pretrain.py call it.
@@ -85,12 +86,9 @@ def read_target(path: str | os.PathLike[str]) -> Any:
         TransferError: it cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).split("\n")[0][:300]
-        raise TransferError(
-            f"the configuration {path} cannot be read: {reason}; give a config.json of an *_ext model"
-        ) from error
+        return read_config(str(path))
+    except ValueError as error:
+        raise TransferError(str(error)) from error
 
 
 def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -101,13 +99,14 @@ def read_arguments(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:  # ValueError: no text, or a date that is none
         raise TransferError(
             f"--arguments {path} cannot be read: {' '.join(str(error).split())}; give a YAML file"
         ) from error
     if not isinstance(keys, dict):
         raise TransferError(f"--arguments {path} must hold 'argument: value' lines; it holds {type(keys).__name__}")
-    return {name: _number(keys[name]) for name in TRAINING_KEYS if keys.get(name) is not None}
+    found = {name: _number(keys[name]) for name in TRAINING_KEYS if keys.get(name) is not None}
+    return _drop_open_steps(found)
 
 
 def record_training_arguments(args: Any, max_length: int) -> dict[str, Any]:
@@ -129,12 +128,10 @@ def _read_trainer_run(folder: Path) -> SmallRun:
         arguments["max_steps"] = state["max_steps"]
     if (folder / "metrics.json").is_file():
         metrics = _read_json(folder / "metrics.json")
-        settings = metrics.get("settings", {})
-        arguments |= {name: settings[name] for name in TRAINING_KEYS if settings.get(name) is not None}
-        arguments |= {
-            name: value for name, value in metrics.get("training_arguments", {}).items() if name in TRAINING_KEYS
-        }
-        if arguments.get("max_steps", 0) <= 0 and metrics.get("steps"):  # the run was told its epochs
+        for part in ("settings", "training_arguments"):
+            told = _read_part(metrics, part, folder / "metrics.json")
+            arguments |= _drop_open_steps({name: told[name] for name in TRAINING_KEYS if told.get(name) is not None})
+        if "max_steps" not in arguments and metrics.get("steps"):
             arguments["max_steps"] = metrics["steps"]
     return SmallRun(str(folder), config, arguments)
 
@@ -151,6 +148,7 @@ def _read_sweep(path: Path, mode: str | None) -> SmallRun:
             )
         arm = arms[mode]
         keys = dict(results["base_configs"][mode])
+        check_sizes(keys)
         config = AutoConfig.for_model(keys.pop("model_type"), **keys)
         arguments = {
             **results["training_arguments"],
@@ -162,14 +160,16 @@ def _read_sweep(path: Path, mode: str | None) -> SmallRun:
             for cell in results["cells"]
             if (cell["mode"], cell["value"], cell["max_steps"]) == (mode, arm["base_value"], arm["max_steps"])
         ]
-    except (KeyError, TypeError) as error:
+    except TransferError:
+        raise
+    except Exception as error:  # Transformers checks the kinds of some keys with errors of its own
         raise TransferError(
-            f"{path} is no result of recipes/mup_transfer.py ({type(error).__name__}: {error}); give its results.json, or "
-            "the output folder of a Trainer run"
+            f"{path} is no result of recipes/mup_transfer.py ({type(error).__name__}: {describe_error(error)}); give its "
+            "results.json, or the output folder of a Trainer run"
         ) from error
     notes: tuple[str, ...] = ()
-    std = results.get("settings", {}).get("embedding_std")
-    if std is not None and std != config.initializer_range:
+    std = _read_part(results, "settings", path).get("embedding_std")
+    if isinstance(std, int | float) and std != config.initializer_range:
         notes = (
             f"first scale of the embedding: the sweep drew it with std {std:g}, a model draws it with initializer_range",
         )
@@ -184,6 +184,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TransferError(f"{path} must hold an object, it holds {type(found).__name__}")
     return found
+
+
+def _read_part(found: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    part = found.get(name, {})
+    if not isinstance(part, dict):
+        raise TransferError(
+            f"{name!r} in {path} must be an object, it is {json.dumps(part)[:100]}; correct it, or leave it out"
+        )
+    return part
+
+
+def _drop_open_steps(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without the -1 that stands for a run which was told its epochs."""
+    return {name: value for name, value in arguments.items() if not (name == "max_steps" and value == -1)}
 
 
 def _number(value: Any) -> Any:

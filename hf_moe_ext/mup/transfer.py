@@ -12,14 +12,14 @@ from typing import Any
 
 import yaml
 
-from hf_moe_ext.mup.roles import NONE
-from hf_moe_ext.mup.settings import BASE_SIZES, MULTIPLIERS
+from hf_moe_ext.mup.config_file import describe_error
+from hf_moe_ext.mup.roles import MULTIPLIER, MUP, NONE
+from hf_moe_ext.mup.settings import BASE_SIZES, MULTIPLIERS, read_head_dim
 from hf_moe_ext.mup.small_run import TRAINING_KEYS, SmallRun, TransferError
+from hf_moe_ext.mup.training_keys import STEP_COUNTS, check_training_arguments
 from hf_moe_ext.mup.tuning_cost import Parameters, count_parameters, training_flops
 
 _NEEDED_FOR_TOKENS = ("max_steps", "per_device_train_batch_size", "max_length")
-
-_STEP_COUNTS = ("num_decay_steps", "num_stable_steps", "num_warmup_steps")
 
 # Key of the configuration -> what moving along it is called, and why it is not covered.
 _UNCOVERED_KEYS = {
@@ -96,7 +96,8 @@ def transfer(small: SmallRun, target: Any, model_config: str, changes: Mapping[s
         changes: training arguments in which the target's run is to differ from the small one's (``max_steps`` ...).
 
     Raises:
-        TransferError: no µP on a side, another parametrisation, other base sizes, no learning rate.
+        TransferError: no µP on a side, another parametrisation, other base sizes or multipliers, no learning rate, a
+            training argument out of its range.
     """
     _check_parametrisation(small, target)
     if "learning_rate" not in small.arguments:
@@ -105,9 +106,10 @@ def transfer(small: SmallRun, target: Any, model_config: str, changes: Mapping[s
             "recipes/pretrain.py writes it; training_args.bin is a pickle and is not read); or give --learning-rate, or "
             "--arguments FILE, the YAML of the small run"
         )
-    arguments = _scale_steps(small.arguments, dict(changes or {}))
-    rows = [_rows_per_step(a) for a in (small.arguments, arguments)]
-    lengths = [_count_tokens(a) for a in (small.arguments, arguments)]
+    known = check_training_arguments(small.arguments, small.source)
+    arguments = _scale_steps(known, check_training_arguments(changes or {}, "the large run"))
+    rows = [_rows_per_step(a) for a in (known, arguments)]
+    lengths = [_count_tokens(a) for a in (known, arguments)]
     keys = {name: getattr(target, name) for name in ("mup", "mup_form", *BASE_SIZES, *MULTIPLIERS)}
     return Transfer(
         arguments={
@@ -120,9 +122,9 @@ def transfer(small: SmallRun, target: Any, model_config: str, changes: Mapping[s
         uncovered=[
             *small.notes,
             *compare_configs(small.config, target),
-            *_compare_arguments(small.arguments | {"rows_per_step": rows[0]}, arguments | {"rows_per_step": rows[1]}),
+            *_compare_arguments(known | {"rows_per_step": rows[0]}, arguments | {"rows_per_step": rows[1]}),
         ],
-        parameters={"small": count_parameters(small.config), "target": count_parameters(target)},
+        parameters={"small": _count(small.config, small.source), "target": _count(target, model_config)},
         num_tokens=None if None in lengths else dict(zip(("small", "target"), lengths, strict=True)),  # type: ignore[arg-type]
         num_trials=small.num_trials or 1,
     )
@@ -177,6 +179,35 @@ def _check_parametrisation(small: SmallRun, target: Any) -> None:
                 f"{name} must be the small run's, {value!r}, got {found!r} in the target: the learning rate was tuned for that "
                 f"base; write {name}={value!r} there"
             )
+    _check_multipliers(own, target)
+
+
+def _read_shares(config: Any) -> dict[str, float]:
+    """What µP makes of the width in each multiplier that hangs on it; the multiplier over it is a tuned number."""
+    ratio = config.hidden_size / config.mup_base_hidden_size if config.mup_form == MULTIPLIER else 1.0
+    return {
+        "logits_scaling": ratio,
+        "router_logits_scaling": ratio if config.mup == MUP else 1.0,
+        "attention_multiplier": config.mup_base_head_dim**0.5 / read_head_dim(config),
+    }
+
+
+def _check_multipliers(own: Any, target: Any) -> None:
+    """Refuse numbers of the small model in the target: they come along when its config.json is copied."""
+    mine, theirs = _read_shares(own), _read_shares(target)
+    wanted = {  # the small run's own number to the last bit where nothing about it changes
+        name: getattr(own, name) * (1 if mine[name] == theirs[name] else theirs[name] / mine[name]) for name in mine
+    }
+    wrong = [name for name in wanted if not math.isclose(getattr(target, name), wanted[name], rel_tol=1e-9)]
+    if not wrong:
+        return
+    found = ", ".join(f"{name}={getattr(target, name)!r}" for name in wrong)
+    open_ones = [name for name in wrong if math.isclose(getattr(own, name), mine[name], rel_tol=1e-9)]
+    leave = f" (or leave out {', '.join(open_ones)}: they follow from the sizes)" if open_ones else ""
+    raise TransferError(
+        f"multipliers of the target must be the small run's at the target's width, got {found} (a copied config.json holds "
+        f"the small model's numbers); write {', '.join(f'{name}={wanted[name]!r}' for name in wrong)} there{leave}"
+    )
 
 
 def _scale_steps(arguments: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -187,9 +218,9 @@ def _scale_steps(arguments: Mapping[str, Any], changes: dict[str, Any]) -> dict[
     ratio = result["max_steps"] / arguments["max_steps"]
     if result.get("warmup_steps", 0) >= 1 and "warmup_steps" not in changes:  # below 1 it is a share already
         result["warmup_steps"] = round(arguments["warmup_steps"] * ratio)
-    if result.get("lr_scheduler_kwargs"):
+    if result.get("lr_scheduler_kwargs") and "lr_scheduler_kwargs" not in changes:
         result["lr_scheduler_kwargs"] = {
-            name: round(value * ratio) if name in _STEP_COUNTS and value is not None else value
+            name: round(value * ratio) if name in STEP_COUNTS and value is not None else value
             for name, value in arguments["lr_scheduler_kwargs"].items()
         }
     return result
@@ -201,6 +232,15 @@ def _compare_arguments(small: Mapping[str, Any], target: Mapping[str, Any]) -> l
         for name, sentence in _UNCOVERED_ARGUMENTS.items()
         if target.get(name) is not None and small.get(name) != target[name]
     ]
+
+
+def _count(config: Any, source: str) -> Parameters:
+    try:
+        return count_parameters(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise TransferError(
+            f"no model can be built of the configuration of {source}: {describe_error(error)}; correct it"
+        ) from error
 
 
 def _rows_per_step(arguments: Mapping[str, Any]) -> int | None:

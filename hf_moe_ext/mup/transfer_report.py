@@ -1,11 +1,11 @@
 """The file that ``hf-moe transfer`` writes, and what it says about it."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_moe_ext.mup.output_file import check_output_file, write_whole
 from hf_moe_ext.mup.small_run import TransferError, read_arguments, read_small_run, read_target
 from hf_moe_ext.mup.transfer import NEVER_COVERED, Transfer, format_yaml, transfer
 
@@ -36,12 +36,16 @@ def write_transfer_file(
         overwrite: replace an existing file.
 
     Raises:
-        TransferError: see ``mup.transfer.transfer``; a number out of range; the file is there already.
+        TransferError: see ``mup.transfer.transfer``; a number out of range; the file is there already, or is a folder.
     """
     given, changes = ({k: v for k, v in (part or {}).items() if v is not None} for part in (given, changes))
     for name, value in {**given, **changes, **({} if num_trials is None else {"trials": num_trials})}.items():
         if not value > 0 and not (name == "weight_decay" and value == 0):
             raise TransferError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    try:
+        check_output_file("--output", output)
+    except ValueError as error:
+        raise TransferError(str(error)) from error
     if output.exists() and not overwrite:
         raise TransferError(f"--output {output} is there already; name another file, or add --overwrite")
     small = read_small_run(source, mode)
@@ -50,10 +54,8 @@ def write_transfer_file(
     path = Path(target)
     file = path / "config.json" if path.is_dir() else path
     result = transfer(small, read_target(file), str(file), changes)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(format_yaml(result, small.source), encoding="utf-8")
-    os.replace(partial, output)
+    text = format_yaml(result, small.source)
+    write_whole(output, lambda partial: partial.write_text(text, encoding="utf-8"))
     return result
 
 

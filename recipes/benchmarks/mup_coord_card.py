@@ -15,7 +15,7 @@ base width 32) takes six AdamW steps at 4e-3 on one batch of 8 x 64 bytes of Pyt
 slope of log2(RMS) against log2(width), layer 1 unless two are given (layer 0 / layer 1), at t = 1, 3, 6 optimizer steps; Δ is
 the change since t = 0. Under µP every Δ is to be within ±0.3 and the router's logits at t = 0 near -1/2 (-0.75 to -0.25).
 
-Command: `{command}` (torch {torch}, transformers {transformers}, Python {python}); not yet run: {missing}.
+Command: `{command}` (torch {torch}, transformers {transformers}, Python {python}){missing}.
 Every number is in [mup-coord.json](mup-coord.json).
 
 ![sizes against widths](mup-coord.png)
@@ -27,9 +27,10 @@ standard parametrisation ("sp") these are the standard deviations at every width
 With "all 0.1", the reference's start, µP misses the bar in Δ router of layer 1 (and, with DCCA, in Δ output at t = 1).
 What falls there is not what the router learns: router update, what the change of its weights alone makes of its input, is
 flat. It is the first weights times the change of their input, noise of size n^-1/2, which at these widths is the larger part.
-Drawn smaller ("outputs 0.02"), with the same rules, widths and learning rate, it fades and every row is inside,
-all six seeds together. Single seeds, in the JSON, differ by more than 0.1: of seeds 0 and 1 alone, one row of each block is
-outside (Δ router of layer 1: -0.35 at t = 6, with DCCA -0.33 at t = 1).
+Drawn smaller ("outputs 0.02"), with the same rules, widths and learning rate, it fades and every row of the
+multiplier form ("mup") is inside, all six seeds together. Single seeds, in the JSON, differ by more than 0.1: the folded form
+("mup folded"), measured with seeds 0 and 1 alone, has one row of each block outside (Δ router of layer 1: -0.35 at t = 6,
+with DCCA -0.33 at t = 1).
 """
 _SPEC = """
 ## Beside the reference
@@ -150,7 +151,7 @@ def render_card(results: dict[str, Any]) -> str:
     parts = [
         _HEAD.format(
             **{key: results[key] for key in ("command", "torch", "transformers", "python")},
-            missing=", ".join(results["missing"]) or "nothing",
+            missing="; not yet run: " + ", ".join(results["missing"]) if results["missing"] else "",
         )
     ]
     for block, start in dict.fromkeys((run["block"], run["start"]) for run in runs):

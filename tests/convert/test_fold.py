@@ -452,3 +452,23 @@ def test_command_unties(tmp_path: Path) -> None:
     assert (code, "--untie" in error) == (2, True)
     code, _, error = command(tmp_path / "source", "--output", tmp_path / "out", "--untie")
     assert code == 0, error
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": "abc"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ({"mup": "wide"}, "mup must be one of"),
+    ],
+)
+def test_command_refuses_an_invalid_configuration(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    save(tmp_path / "source", "mixtral_ext", **ALL)
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    code, _, error = command(tmp_path / "source", "--output", tmp_path / "out")
+    assert code == 2
+    assert "the configuration of " in error
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -415,3 +415,67 @@ def test_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     code, _, error = run_command(str(tmp_path / "sp"), "--png", str(tmp_path / "x.png"))
     assert (code, "a PNG needs matplotlib" in error) == (2, True)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "abc"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+    ],
+)
+def test_command_refuses_an_invalid_configuration(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    make_config(**MUP).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    code, out, error = run_command(str(path))
+    assert (code, out) == (2, "")
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def _absent_device() -> str:
+    return "cuda:99" if torch.cuda.is_available() else "cuda"
+
+
+def _train_nothing(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a model was trained")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", _absent_device()])
+def test_command_refuses_a_device_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    make_config(**MUP).save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_moe_ext.mup.coord_check.measure", _train_nothing)
+    code, out, error = run_command(str(tmp_path), "--device", device)
+    assert (code, out) == (2, "")
+    assert f"device: PyTorch must be able to calculate on it, got '{device}'" in error
+
+
+@pytest.mark.parametrize("option", ["--output", "--png"])
+def test_command_refuses_a_folder_for_a_file_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    make_config(**MUP).save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_moe_ext.mup.coord_check.measure", _train_nothing)
+    before = sorted(tmp_path.iterdir())
+    for path, message in (
+        (tmp_path, "must be a file to write"),
+        (tmp_path / "config.json" / "x", "must lie in a folder"),
+    ):
+        code, _, error = run_command(str(tmp_path), option, str(path))
+        assert code == 2
+        assert f"{option} {message}" in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_command_that_runs_out_of_memory_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory:\ntried to allocate 80 GiB")
+
+    make_config(**MUP).save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_moe_ext.mup.coord_check.measure", run_out)
+    code, out, error = run_command(str(tmp_path))
+    assert (code, out) == (2, "")
+    assert error == "hf-moe coord-check: out of memory: tried to allocate 80 GiB\n"

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import yaml
@@ -179,6 +180,47 @@ def test_what_has_no_common_base_is_refused_and_nothing_is_written(tmp_path, sma
     assert run_command("--from", run, "--to", target, "--output", tmp_path / "out.yaml").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("small", "copied", "message"),
+    [
+        (
+            {},
+            {"logits_scaling": 1.0},
+            r"got logits_scaling=1\.0 .*write logits_scaling=4\.0 there \(or leave out logits_sc",
+        ),
+        ({}, {"router_logits_scaling": 1.0}, r"got router_logits_scaling=1\.0 .*write router_logits_scaling=4\.0"),
+        (
+            {"logits_scaling": 0.5},
+            {"logits_scaling": 0.5, "router_logits_scaling": 1.0},
+            r"write logits_scaling=2\.0, router_logits_scaling=4\.0 there \(or leave out router_logits_scaling: ",
+        ),
+        ({"logits_scaling": 0.5}, {"logits_scaling": 4.0}, r"write logits_scaling=2\.0 there$"),
+        ({"attention_multiplier": 1.0}, {"attention_multiplier": 0.5}, r"write attention_multiplier=1\.0 there$"),
+        ({}, {"attention_multiplier": 8**-0.5 * (1 + 1e-6)}, f"write attention_multiplier={8**-0.5!r} there"),
+        ({"mup": "simplep"}, {"router_logits_scaling": 4.0}, r"write router_logits_scaling=1\.0 there"),
+        ({"mup_form": "folded"}, {"logits_scaling": 4.0}, r"write logits_scaling=1\.0 there"),
+    ],
+)
+def test_multipliers_that_a_copied_file_holds_are_refused(tmp_path, small, copied, message):
+    config = make_small(**small)
+    run, target = write_run(tmp_path / "small", config), write_target(tmp_path / "large", widen(config, 128))
+    write_transfer_file(str(run), str(target), tmp_path / "right.yaml")
+    target.write_text(json.dumps(json.loads(target.read_text()) | copied))
+    with pytest.raises(TransferError, match=message):
+        write_transfer_file(str(run), str(target), tmp_path / "out.yaml")
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_what_is_left_out_of_a_copied_file_follows_from_the_sizes(tmp_path):
+    run, target = write_run(tmp_path / "small"), write_target(tmp_path / "large")
+    keys = json.loads(target.read_text())
+    for name in ("logits_scaling", "router_logits_scaling", "attention_multiplier"):
+        del keys[name]
+    target.write_text(json.dumps(keys))
+    result = write_transfer_file(str(run), str(target), tmp_path / "out.yaml")
+    assert (result.arguments["logits_scaling"], result.arguments["router_logits_scaling"]) == (4.0, 4.0)
+
+
 def test_another_form_is_fine(tmp_path):
     small = read_small_run(write_run(tmp_path / "small"))
     target = widen(make_small(mup_form="folded"), 64)
@@ -261,3 +303,142 @@ def test_folders_and_files_that_are_none_are_named(tmp_path):
     with pytest.raises(TransferError, match="is there already; name another file, or add --overwrite"):
         write_transfer_file(str(run), str(write_target(tmp_path / "large")), tmp_path / "kept.yaml")
     assert (tmp_path / "kept.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"training_arguments": [1]}, "'training_arguments' in .*metrics.json must be an object, it is \\[1\\]"),
+        ({"settings": None}, "'settings' in .*metrics.json must be an object, it is null"),
+        ({"training_arguments": {"learning_rate": "fast"}}, "learning_rate must be a number above 0, got 'fast'"),
+        ({"training_arguments": {"learning_rate": float("nan")}}, "learning_rate must be a number above 0, got nan"),
+        ({"training_arguments": {"learning_rate": float("inf")}}, "learning_rate must be a number above 0, got inf"),
+        ({"training_arguments": {"learning_rate": -1}}, "learning_rate must be a number above 0, got -1"),
+        ({"training_arguments": {"learning_rate": True}}, "learning_rate must be a number above 0, got True"),
+        ({"training_arguments": {"weight_decay": -0.1}}, "weight_decay must be a number from 0, got -0.1"),
+        ({"training_arguments": {"adam_beta2": 1}}, "adam_beta2 must be a number from 0 to below 1, got 1"),
+        ({"training_arguments": {"optim": 3}}, "optim must be a name, got 3"),
+        ({"training_arguments": {"max_steps": "x"}}, "max_steps must be a whole number from 1, got 'x'"),
+        ({"training_arguments": {"max_steps": 2.5}}, "max_steps must be a whole number from 1, got 2.5"),
+        ({"settings": {"max_length": 0}, "training_arguments": {}}, "max_length must be a whole number from 1, got 0"),
+        ({"steps": [3], "training_arguments": {}}, "max_steps must be a whole number from 1, got \\[3\\]"),
+        (
+            {"training_arguments": {"lr_scheduler_kwargs": {"num_decay_steps": "x"}}},
+            "lr_scheduler_kwargs must be 'key: value' pairs, whole numbers for num_decay_steps",
+        ),
+    ],
+)
+def test_a_bad_number_of_the_small_run_is_named_and_nothing_is_written(tmp_path, metrics, message):
+    run, target = write_run(tmp_path / "small"), write_target(tmp_path / "large")
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    arguments = tmp_path / "more.yaml"
+    arguments.write_text("" if "learning_rate" in message else "learning_rate: 0.01\n")
+    given = {} if "learning_rate" in message else {"arguments_file": arguments}
+    with pytest.raises(TransferError, match=message):
+        write_transfer_file(str(run), str(target), tmp_path / "out.yaml", changes={"max_steps": 300}, **given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "more.yaml", "small"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("max_steps: lots", "max_steps must be a whole number from 1, got 'lots' in the training arguments of"),
+        ("lr_scheduler_kwargs: hello", "lr_scheduler_kwargs must be 'key: value' pairs"),
+        ("learning_rate: .nan", "learning_rate must be a number above 0, got nan"),
+        ("warmup_steps: -1", "warmup_steps must be a number from 0, got -1"),
+        ("warmup_steps: 2026-13-45", "cannot be read: month must be in 1..12"),
+    ],
+)
+def test_a_bad_number_in_an_arguments_file_is_exit_code_2(tmp_path, lines, message):
+    run, target = write_run(tmp_path / "small"), write_target(tmp_path / "large")
+    (tmp_path / "more.yaml").write_text(lines)
+    words = ["--from", run, "--to", target, "--output", tmp_path / "out.yaml", "--arguments", tmp_path / "more.yaml"]
+    done = run_command(*words, "--max-steps", 300)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_whole_numbers_are_written_as_such_and_open_steps_are_not_known(tmp_path):
+    run, target = (
+        write_run(tmp_path / "small", arguments=ARGUMENTS | {"max_length": 64.0}),
+        write_target(tmp_path / "l"),
+    )
+    (tmp_path / "more.yaml").write_text("per_device_train_batch_size: 1e1\nmax_steps: -1\n")
+    result = write_transfer_file(
+        str(run), str(target), tmp_path / "out.yaml", arguments_file=tmp_path / "more.yaml", changes={"max_length": 8}
+    )
+    assert "per_device_train_batch_size: 10\n" in (tmp_path / "out.yaml").read_text()
+    assert (result.arguments["max_length"], result.arguments["max_steps"]) == (8, 100)
+
+
+def test_an_output_that_cannot_be_a_file_is_refused_and_no_partial_file_stays(tmp_path, monkeypatch):
+    run, target = write_run(tmp_path / "small"), write_target(tmp_path / "large")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    words = ["--from", run, "--to", target, "--overwrite", "--output"]
+    for output, message in (
+        (tmp_path / "folder", "--output must be a file to write, got the folder"),
+        (tmp_path / "file" / "out.yaml", "is a file; name another place"),
+    ):
+        done = run_command(*words, output)
+        assert done.exit_code == 2
+        assert message in done.output
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    done = run_command(*words, tmp_path / "file")
+    assert done.exit_code == 2
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "large", "small"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "abc"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
+        ({"mup": "wide"}, "mup must be one of"),
+        ({"num_key_value_heads": 3, "hidden_act": "none such"}, "no model can be built of the configuration"),
+    ],
+)
+@pytest.mark.parametrize("side", ["small", "large"])
+def test_an_invalid_configuration_is_one_line(tmp_path, side, changes, message):
+    run, target = write_run(tmp_path / "small"), write_target(tmp_path / "large")
+    path = tmp_path / side / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    done = run_command("--from", run, "--to", target, "--output", tmp_path / "out.yaml")
+    assert done.exit_code == 2
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+    assert not (tmp_path / "out.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"base_configs": {"mup": {"model_type": "mixtral_ext", "hidden_size": "abc"}}}, "expected int, got str"),
+        (
+            {"base_configs": {"mup": {"model_type": "mixtral_ext", "num_attention_heads": 0}}},
+            "must be at least 1, got 0",
+        ),
+        ({"base_configs": [1]}, "is no result of recipes/mup_transfer.py"),
+        ({"settings": None}, "'settings' in .* must be an object"),
+        ({"training_arguments": [1]}, "is no result of recipes/mup_transfer.py"),
+    ],
+)
+def test_a_spoilt_result_of_a_sweep_is_named(tmp_path, part, message):
+    results = {
+        "arms": [{"mode": "mup", "base_learning_rate": 0.01, "max_steps": 6, "base_value": 32}],
+        "base_configs": {"mup": make_small().to_dict()},
+        "training_arguments": ARGUMENTS,
+        "cells": [],
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert read_small_run(tmp_path).arguments["learning_rate"] == 0.01
+    (tmp_path / "results.json").write_text(json.dumps(results | part))
+    with pytest.raises(TransferError, match=message):
+        read_small_run(tmp_path)
