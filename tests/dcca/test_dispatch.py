@@ -220,7 +220,7 @@ def test_families_on_four_ranks(tmp_path, family):
 def test_a_killed_rank_ends_all(killed_at):
     """The others raise one error that names the exchange and what to do; none waits for the collective's time limit."""
     with pytest.raises(RankError) as caught:
-        run_ranks(work.die_at, 4, killed_at, timeout=90)
+        run_ranks(work.die_at, 4, killed_at, timeout=240)
     reports = str(caught.value).split("--- rank ")[1:]
     assert len(reports) == 4
     for rank, report in enumerate(reports):
