@@ -119,16 +119,21 @@ class DersExperts(nn.Module):
             top_k_index: expert ids [tokens, top_k]; ids from ``num_experts`` on are experts of other ranks: no output.
             top_k_weights: [tokens, top_k].
         """
+        run = self._run if self.delta == "low_rank" and self.forward_path == "fused" else self._run_uncompiled
         dtype, kind = hidden_states.dtype, hidden_states.device.type
-        run = materialised if self.forward_path == "materialised" else fused
         if not torch.is_autocast_enabled(kind):
-            return run(hidden_states, top_k_index, top_k_weights, self.experts())
+            return run(hidden_states, top_k_index, top_k_weights)
         # All products in autocast's dtype, and the sums in float32 all the same.
         with torch.autocast(kind, enabled=False):
-            rows = (
-                hidden_states.to(torch.get_autocast_dtype(kind)) if hidden_states.is_floating_point() else hidden_states
-            )
-            return run(rows, top_k_index, top_k_weights, self.experts()).to(dtype)
+            return run(hidden_states.to(torch.get_autocast_dtype(kind)), top_k_index, top_k_weights).to(dtype)
+
+    def _run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return (materialised if self.forward_path == "materialised" else fused)(hidden, index, weights, self.experts())
+
+    # Its shapes depend on the routing: a compiler's graph would end within it, expert by expert.
+    @torch.compiler.disable
+    def _run_uncompiled(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self._run(hidden, index, weights)
 
     def experts(self) -> SharedBaseExperts:
         """The weights as the pure functions take them."""

@@ -247,10 +247,7 @@ def _fused_grouped(hidden: Tensor, index: Tensor, weights: Tensor, experts: Shar
 def _thin(rows: Tensor, stack: DeltaStack, pairs: _Pairs) -> Tensor:
     """``rows D^T`` of each pair's expert, [pairs, in] to [pairs, out]; 0 for sentinels."""
     if not isinstance(stack, LowRankStack):
-        groups = rows.split(pairs.sizes.tolist())
-        # As in ``materialised``, expert 0 runs on no rows too.
-        used = [stack.linear(group, e) for e, group in enumerate(groups[:-1]) if e == 0 or len(group)]
-        return torch.cat([*used, used[0].new_zeros(len(groups[-1]), used[0].shape[1])])
+        return _decoded_thin(rows, stack, pairs.sizes)
     A, B, out = stack.A.to(rows.dtype), stack.B.to(rows.dtype), stack.B.shape[1]
     # One more expert of zeros serves the sentinels: the kernel leaves rows outside all groups uninitialised, forward and
     # backward. All widths are padded to the 16 bytes that it asks for.
@@ -262,6 +259,13 @@ def _thin(rows: Tensor, stack: DeltaStack, pairs: _Pairs) -> Tensor:
     bottleneck = grouped_matmul(rows, F.pad(A, (0, in_padding, 0, rank_padding, 0, 1)).transpose(1, 2), ends)
     padded_B = F.pad(B, (0, rank_padding, 0, out_padding, 0, 1))
     return grouped_matmul(bottleneck, padded_B.transpose(1, 2), ends)[:, :out]
+
+
+def _decoded_thin(rows: Tensor, stack: DeltaStack, sizes: Tensor) -> Tensor:
+    groups = rows.split(sizes.tolist())
+    # As in ``materialised``, expert 0 runs on no rows too.
+    used = [stack.linear(group, e) for e, group in enumerate(groups[:-1]) if e == 0 or len(group)]
+    return torch.cat([*used, used[0].new_zeros(len(groups[-1]), used[0].shape[1])])
 
 
 def _split_bias(bias: Tensor | None, count: int) -> tuple[Tensor | None, ...]:

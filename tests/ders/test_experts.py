@@ -385,9 +385,12 @@ def test_low_rank_compiles_in_one_graph(gated, bias):
     assert_same(gradients(module, output, hidden, weights), gradients(module, plain, hidden, weights), atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["sparse", "quantized"])
-def test_other_forms_compile(form):
-    module = make_experts(form)
+@pytest.mark.parametrize(
+    ("form", "forward_path"),
+    [("sparse", "fused"), ("quantized", "fused"), ("low_rank", "materialised"), ("sparse", "materialised")],
+)
+def test_other_forms_compile(form, forward_path):
+    module = make_experts(form, forward_path=forward_path)
     hidden = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
     index, weights = route(9, 2)
     output = torch.compile(module, backend="aot_eager")(hidden, index, weights)
