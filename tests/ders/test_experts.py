@@ -414,10 +414,10 @@ def test_autocast_computes_in_half_precision_and_returns_the_input_dtype(form, f
 
 
 def test_dense_serves_few_bottlenecks_and_what_the_grouped_kernel_cannot():
-    assert choose_path(8, 4, 2, torch.float32) == "dense"
+    assert choose_path(8, 4, torch.float32) == "dense"
     limit = forward.DENSE_LIMIT
-    assert choose_path(limit + 1, 1, 1, torch.float32) == "grouped"
-    assert choose_path(limit + 1, 1, 1, torch.float64) == "dense"
+    assert choose_path(limit + 1, 1, torch.float32) == "grouped"
+    assert choose_path(limit + 1, 1, torch.float64) == "dense"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
