@@ -145,9 +145,9 @@ def _grouped(
 
     token = order // index.shape[1]
     # A shared A once per token, then copied to its pairs.
-    bottleneck = F.linear(hidden, A[0])[token] if shared_A else _grouped_matmul(hidden[token], A.transpose(1, 2), ends)
+    bottleneck = F.linear(hidden, A[0])[token] if shared_A else grouped_matmul(hidden[token], A.transpose(1, 2), ends)
     bottleneck = _activate(bottleneck, activation, dropout) * (weights.reshape(-1)[order] * scale)[:, None]
-    pairs = _grouped_matmul(bottleneck, B.transpose(1, 2), ends)
+    pairs = grouped_matmul(bottleneck, B.transpose(1, 2), ends)
     # Gather back and sum over choices: unlike index_add this is deterministic on an accelerator.
     back = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
     return pairs[back].view(*index.shape, width + width_padding).sum(dim=1)[:, :width]
@@ -180,7 +180,7 @@ def _activate(bottleneck: Tensor, activation: Activation | None, dropout: float)
     return bottleneck if activation is None else activation(bottleneck)
 
 
-def _grouped_matmul(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+def grouped_matmul(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """``rows[start:end] @ matrices[i]`` for each group; rows [pairs, in], matrices [groups, in, out], ends [groups]."""
     if rows.dtype != torch.float64:
         return F.grouped_mm(rows, matrices, offs=ends)

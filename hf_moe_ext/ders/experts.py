@@ -1,0 +1,275 @@
+"""``DersExperts``: a module called as stock experts are, whose experts share one base.
+
+Parameters are on-disk names: the base as stock dense FFNs and expert stacks have it, deltas as ``delta_<matrix>_<part>``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hf_moe_ext.ders.delta_stacks import DeltaStack, LowRankStack, QuantizedStack, SparseStack
+from hf_moe_ext.ders.forward import SharedBaseExperts, fused, materialised
+from hf_moe_ext.ops.delta_indices import FlatIndices, SeededIndices
+from hf_moe_ext.ops.delta_metadata import check_rank
+from hf_moe_ext.ops.delta_positions import MaskStream, count_kept
+from hf_moe_ext.ops.delta_quantization import BITS
+
+DeltaForm = Literal["low_rank", "sparse", "quantized"]
+ForwardPath = Literal["fused", "materialised"]
+# Numbers of the matrices in a mask's name, the same for gated and un-gated experts.
+MATRICES = ("gate", "up", "down")
+
+
+class DersExperts(nn.Module):
+    """Experts stored as one shared base plus a delta each; a new one is the dense FFN of its base, whoever is chosen.
+
+    Args:
+        hidden_dim: width of the model.
+        intermediate_dim: inner width of an expert.
+        num_experts: experts of the layer.
+        act: a name of Transformers' activations, or any pointwise function.
+        gated: ``act(gate) * up``; False: ``act(up)``.
+        bias: each expert has biases of its own, in every matrix.
+        delta: form of the deltas.
+        rank: of low-rank deltas, at most the smaller dimension.
+        drop_rate: share of a sparse delta's entries that are zero.
+        bits: of a quantised delta's entry: 16, 8, 4, 2 or 1.
+        group_size: inputs that share a quantised delta's scale.
+        seed: of the sparse deltas' positions, the model's.
+        layer: index of the decoder layer, for the same.
+        train_base: whether the base has gradients.
+        train_deltas: whether deltas and the experts' biases have; codes of quantised deltas never do.
+        forward_path: "fused", or "materialised" as the paper has it.
+        hold_positions: keep sparse deltas' positions in memory (4 bytes each) instead of regenerating them at each use.
+
+    Raises:
+        ValueError: a value outside its bounds, a form's number missing, or one of another form given.
+        TypeError: a number that is none.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        intermediate_dim: int,
+        num_experts: int,
+        act: str | Callable[[Tensor], Tensor] = "silu",
+        *,
+        gated: bool = True,
+        bias: bool = False,
+        delta: DeltaForm = "low_rank",
+        rank: int | None = None,
+        drop_rate: float | None = None,
+        bits: int | None = None,
+        group_size: int = 128,
+        seed: int = 0,
+        layer: int = 0,
+        train_base: bool = True,
+        train_deltas: bool = True,
+        forward_path: ForwardPath = "fused",
+        hold_positions: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_dim, intermediate_dim, num_experts, group_size)
+        _check_form(
+            delta, {"low_rank": ("rank", rank), "sparse": ("drop_rate", drop_rate), "quantized": ("bits", bits)}
+        )
+        if forward_path not in get_args(ForwardPath):
+            raise ValueError(f"forward_path must be 'fused' or 'materialised', got {forward_path!r}")
+        self.hidden_dim, self.intermediate_dim, self.num_experts = hidden_dim, intermediate_dim, num_experts
+        self.act_fn, self.gated, self.has_bias = _find_activation(act), gated, bias
+        self.delta, self.group_size, self.seed, self.layer = delta, group_size, seed, layer
+        self.rank, self.drop_rate, self.bits = rank, drop_rate, bits
+        self.forward_path, self.hold_positions = forward_path, hold_positions
+        self._held: dict[str, tuple[list[list[int]], list[FlatIndices]]] = {}
+
+        first, wide = ("gate_up_proj", 2 * intermediate_dim) if gated else ("up_proj", intermediate_dim)
+        self.register_parameter(first, nn.Parameter(torch.empty(wide, hidden_dim)))
+        self.down_proj = nn.Parameter(torch.empty(hidden_dim, intermediate_dim))
+        if bias:
+            self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(num_experts, wide)))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_dim))
+        for matrix in self.matrices:
+            self._make_deltas(matrix)
+        self.set_trainable(train_base, train_deltas)
+        self.reset_parameters()
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of an expert's matrices: gate (where gated), up, down."""
+        return MATRICES if self.gated else MATRICES[1:]
+
+    @property
+    def first_name(self) -> str:
+        """Name of the base of what reads the input."""
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    def matrix_shape(self, matrix: str) -> tuple[int, int]:
+        """Outputs and inputs of "gate", "up" or "down"."""
+        shape = (self.intermediate_dim, self.hidden_dim)
+        return shape[::-1] if matrix == "down" else shape
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index: expert ids [tokens, top_k]; ids from ``num_experts`` on are experts of other ranks: no output.
+            top_k_weights: [tokens, top_k].
+        """
+        run = self._run if self.delta == "low_rank" and self.forward_path == "fused" else self._run_uncompiled
+        dtype, kind = hidden_states.dtype, hidden_states.device.type
+        if not torch.is_autocast_enabled(kind):
+            return run(hidden_states, top_k_index, top_k_weights)
+        # All products in autocast's dtype, and the sums in float32 all the same.
+        with torch.autocast(kind, enabled=False):
+            return run(hidden_states.to(torch.get_autocast_dtype(kind)), top_k_index, top_k_weights).to(dtype)
+
+    def _run(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return (materialised if self.forward_path == "materialised" else fused)(hidden, index, weights, self.experts())
+
+    # Its shapes depend on the routing: a compiler's graph would end within it, expert by expert.
+    @torch.compiler.disable
+    def _run_uncompiled(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return self._run(hidden, index, weights)
+
+    def experts(self) -> SharedBaseExperts:
+        """The weights as the pure functions take them."""
+        return SharedBaseExperts(
+            first=getattr(self, self.first_name),
+            down=self.down_proj,
+            deltas=tuple(self.deltas(matrix) for matrix in self.matrices),
+            act=self.act_fn,
+            first_bias=getattr(self, f"{self.first_name}_bias", None),
+            down_bias=getattr(self, "down_proj_bias", None),
+        )
+
+    def deltas(self, matrix: str) -> DeltaStack:
+        """The deltas of "gate", "up" or "down"; ``deltas(matrix).delta(expert)`` is one code, to save or to measure."""
+        if self.delta == "low_rank":
+            return LowRankStack(self._part(matrix, "A"), self._part(matrix, "B"))
+        if self.delta == "sparse":
+            return SparseStack(self._part(matrix, "values"), self._indices(matrix))
+        assert self.bits is not None
+        codes, scales = self._part(matrix, "codes"), getattr(self, f"delta_{matrix}_scales", None)
+        # What is decoded is cast to the work dtype where it is used; codes carry no dtype of their own.
+        dtype = self.down_proj.dtype if scales is not None else codes.dtype
+        return QuantizedStack(self.matrix_shape(matrix), self.bits, self.group_size, dtype, codes, scales)
+
+    def set_trainable(self, base: bool, deltas: bool) -> None:
+        """Which parameters have gradients; an expert's biases go with its deltas."""
+        own = {self.first_name, "down_proj"}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(base if name in own else deltas)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the base as ``nn.Linear`` draws its weight, zero the biases, and put the deltas to zero."""
+        for name in (self.first_name, "down_proj"):
+            nn.init.kaiming_uniform_(getattr(self, name), a=math.sqrt(5))
+            if self.has_bias:
+                nn.init.zeros_(getattr(self, f"{name}_bias"))
+        self.reset_deltas()
+
+    @torch.no_grad()
+    def reset_deltas(self) -> None:
+        """Zero deltas, ready to train: A as LoRA draws it, B zero; values zero at the seed's positions; scales zero."""
+        for matrix in self.matrices:
+            if self.delta == "low_rank":
+                bound = 1 / math.sqrt(self.matrix_shape(matrix)[1])
+                nn.init.uniform_(self._part(matrix, "A"), -bound, bound)
+                nn.init.zeros_(self._part(matrix, "B"))
+            elif self.delta == "sparse":
+                nn.init.zeros_(self._part(matrix, "values"))
+                self._part(matrix, "stream").copy_(self._streams(matrix))
+            else:
+                for part in ("codes", "scales") if self.bits != 16 else ("codes",):
+                    nn.init.zeros_(self._part(matrix, part))
+
+    def extra_repr(self) -> str:
+        """Sizes and form."""
+        number = {"low_rank": "rank", "sparse": "drop_rate", "quantized": "bits"}[self.delta]
+        return (
+            f"hidden_dim={self.hidden_dim}, intermediate_dim={self.intermediate_dim}, num_experts={self.num_experts}, "
+            f"gated={self.gated}, bias={self.has_bias}, delta={self.delta!r}, {number}={getattr(self, number)}, "
+            f"forward_path={self.forward_path!r}"
+        )
+
+    def _part(self, matrix: str, part: str) -> Tensor:
+        return getattr(self, f"delta_{matrix}_{part}")
+
+    def _make_deltas(self, matrix: str) -> None:
+        rows, cols = self.matrix_shape(matrix)
+        if self.rank is not None:
+            check_rank(self.rank, rows, cols)
+            for part, shape in (("A", (self.rank, cols)), ("B", (rows, self.rank))):
+                self.register_parameter(f"delta_{matrix}_{part}", nn.Parameter(torch.empty(self.num_experts, *shape)))
+        elif self.drop_rate is not None:
+            values = torch.empty(self.num_experts, count_kept(rows * cols, self.drop_rate))
+            self.register_parameter(f"delta_{matrix}_values", nn.Parameter(values))
+            self.register_buffer(f"delta_{matrix}_stream", self._streams(matrix))
+        elif self.bits == 16:
+            self.register_buffer(f"delta_{matrix}_codes", torch.empty(self.num_experts, rows, cols))
+        else:
+            assert self.bits is not None
+            codes = torch.empty(self.num_experts, rows, -(-cols * self.bits // 8), dtype=torch.uint8)
+            self.register_buffer(f"delta_{matrix}_codes", codes)
+            scales = torch.empty(self.num_experts, rows, -(-cols // self.group_size), dtype=torch.bfloat16)
+            self.register_buffer(f"delta_{matrix}_scales", scales)
+
+    def _streams(self, matrix: str) -> Tensor:
+        """[num_experts, 4] as ``SeededIndices.tensors`` stores one; saved, so that a file's masks are its own."""
+        number = MATRICES.index(matrix)
+        streams = [MaskStream(self.seed, self.layer, number, expert) for expert in range(self.num_experts)]
+        return torch.tensor([[s.seed, s.layer, s.matrix, s.expert] for s in streams], dtype=torch.int64)
+
+    def _indices(self, matrix: str) -> list[SeededIndices] | list[FlatIndices]:
+        # Read from the buffer, not from ``self.seed``: a checkpoint brings its own, and a rank holds some experts only.
+        values, names = self._part(matrix, "values"), self._part(matrix, "stream").tolist()
+        shape, num_kept = self.matrix_shape(matrix), values.shape[1]
+        seeded = [SeededIndices(shape, MaskStream(*name), None, num_kept) for name in names]
+        if not self.hold_positions:
+            return seeded
+        known, held = self._held.get(matrix, (None, []))
+        if known != names or (held and held[0].flat.device != values.device):
+            width = torch.int32 if shape[0] * shape[1] <= 2**31 else torch.int64
+            held = [FlatIndices(shape, each.positions(values.device).to(width)) for each in seeded]
+            self._held[matrix] = (names, held)
+        return held
+
+
+def _check_sizes(hidden_dim: int, intermediate_dim: int, num_experts: int, group_size: int) -> None:
+    sizes = {
+        "hidden_dim": hidden_dim,
+        "intermediate_dim": intermediate_dim,
+        "num_experts": num_experts,
+        "group_size": group_size,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {size!r} ({type(size).__name__})")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def _check_form(delta: str, numbers: dict[str, tuple[str, float | None]]) -> None:
+    if delta not in numbers:
+        raise ValueError(f"delta must be one of {', '.join(numbers)}, got {delta!r}")
+    for form, (name, number) in numbers.items():
+        if (form == delta) != (number is not None):
+            need = f"needs {name}, got None" if form == delta else f"has no {name}, got {name}={number!r}; leave it out"
+            raise ValueError(f"delta={delta!r} {need}")
+    if delta == "quantized" and (type(numbers[delta][1]) is not int or numbers[delta][1] not in BITS):
+        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {numbers[delta][1]!r}")
+
+
+def _find_activation(act: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    if not isinstance(act, str):
+        return act
+    from transformers.activations import ACT2FN
+
+    if act not in ACT2FN:
+        raise ValueError(f"act must be a name of Transformers' activations or a function, got {act!r}; try 'silu'")
+    return ACT2FN[act]

@@ -1,0 +1,65 @@
+"""Slow twin of experts with a shared base: one token and one choice at a time, in float64, as the definition reads.
+
+``y = sum_n w[t, n] E_i(h_t)`` with ``i = index[t, n]`` and every matrix of E_i written out as ``W + D_i``.
+Source: DeRS, arXiv 2503.01359, section 3.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def low_rank_matrices(A: Tensor, B: Tensor) -> list[Tensor]:
+    """``D_i = B_i A_i`` of A [N, r, in], B [N, out, r]."""
+    return [B[i].double() @ A[i].double() for i in range(A.shape[0])]
+
+
+def sparse_matrices(values: Tensor, positions: Sequence[Sequence[int]], shape: tuple[int, int]) -> list[Tensor]:
+    """``D_i`` [out, in] with ``values[i, j]`` at row-major position ``positions[i][j]``, entry by entry."""
+    matrices = []
+    for i, places in enumerate(positions):
+        entries = [torch.zeros((), dtype=torch.float64)] * (shape[0] * shape[1])
+        for j, place in enumerate(places):
+            entries[place] = values[i, j].double()
+        matrices.append(torch.stack(entries).view(shape))
+    return matrices
+
+
+def shared_base_experts(
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    base: Mapping[str, Tensor],
+    deltas: Mapping[str, Sequence[Tensor]],
+    biases: Mapping[str, Tensor],
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Output of the layer's experts, [tokens, hidden], float64.
+
+    Args:
+        hidden: [tokens, hidden].
+        index: [tokens, top_k]; an id outside 0..N-1 adds nothing.
+        weights: [tokens, top_k].
+        base: "gate" (gated experts only), "up" [inner, hidden] and "down" [hidden, inner].
+        deltas: of the same names, N matrices each.
+        biases: of the same names, [N, out] each; empty without.
+        act: on the gate; of un-gated experts on up.
+    """
+    num_experts = len(deltas["up"])
+
+    def project(name: str, i: int, row: Tensor) -> Tensor:
+        result = (base[name].double() + deltas[name][i].double()) @ row
+        return result + biases[name][i].double() if name in biases else result
+
+    rows = []
+    for t, h in enumerate(hidden.double()):
+        row = 0 * h
+        for n in range(index.shape[1]):
+            i = int(index[t, n])
+            if 0 <= i < num_experts:
+                up = project("up", i, h)
+                inner = act(project("gate", i, h)) * up if "gate" in base else act(up)
+                row = row + weights[t, n].double() * project("down", i, inner)
+        rows.append(row)
+    return torch.stack(rows)
