@@ -42,8 +42,6 @@ class ChosenBlocks:
             multiply_layer(layer, config)
         if hasattr(model, "embed_tokens"):
             multiply_embedding(model.embed_tokens, config)
-        if hasattr(model, "lm_head"):  # once more: keys that were open are numbers now
-            divide_logits(model.lm_head, config.logits_scaling)
         if config.mup != NONE:
             _set_init_factors(model, config)
             watch(model)

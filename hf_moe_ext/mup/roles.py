@@ -69,21 +69,15 @@ def width_ratios(config: Any) -> dict[str, float]:
     return ratios
 
 
-def base_sizes(config: Any) -> dict[str, float]:
-    """The widths of the base model that a DCCA block's initial scales are taken at; the model's own without µP."""
-    sizes = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "latent_size": config.moe_latent_size,
-        "expert_intermediate_size": config.moe_expert_intermediate_size,
-    }
+def base_sizes(config: Any) -> dict[str, float] | None:
+    """The widths of the base model that a DCCA block's initial scales are taken at; None, the model's own, without µP."""
     if config.mup == NONE:
-        return sizes
+        return None
     return {
         "hidden_size": config.mup_base_hidden_size,
         "intermediate_size": config.mup_base_intermediate_size,
         "latent_size": config.mup_base_latent_size,
-        "expert_intermediate_size": sizes["expert_intermediate_size"]
+        "expert_intermediate_size": config.moe_expert_intermediate_size
         / width_ratios(config)[host_axes.LATENT_INTERMEDIATE],
     }
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -189,11 +188,9 @@ def test_bytes_of_a_network_interface(name):
         "RANK": "0",
     }
     program = str(Path(__file__).parents[1] / "support" / "namespace_rank.py")
-    with ExitStack() as stack:
-        try:
-            lab = stack.enter_context(network_namespaces.make_lab(2))
-        except (OSError, RuntimeError) as error:
-            pytest.skip(f"may not make network namespaces here: {error}")
+    if (obstacle := network_namespaces.find_obstacle()) is not None:
+        pytest.skip(obstacle)
+    with network_namespaces.make_lab(2) as lab:
         processes = [
             subprocess.Popen(
                 [*lab.enter(side), sys.executable, program, str(side), lab.address(0), name, str(repeats)],
