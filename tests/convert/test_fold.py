@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from hf_moe_ext.cli import app
 from hf_moe_ext.convert import fold
 from hf_moe_ext.convert.fold import scale
 from support import zoo
+from support.killed import kill_while_writing
 from support.latent_models import make_model
 from support.words import build_tokenizer
 
@@ -396,15 +395,7 @@ def test_a_kill_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     save(tmp_path / "source", "olmoe_ext", num_hidden_layers=24, **ALL)
     code = "import sys\nfrom hf_moe_ext.convert import fold\nfold(sys.argv[1], sys.argv[2], max_shard_bytes=1)\n"
     output = tmp_path / "out"
-    command = [sys.executable, "-c", code, str(tmp_path / "source"), str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob(".building-*/*.part")):  # it is writing
-        assert process.poll() is None, "it ended before anything was written"
-        assert time.monotonic() < deadline, "nothing was written"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_while_writing(tmp_path, code, tmp_path / "source", output)
     assert not output.exists()
     assert fold(tmp_path / "source", output, verify=False).written
 

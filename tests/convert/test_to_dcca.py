@@ -1,11 +1,6 @@
 """Whole conversions of a tiny trained model: exact at full width, better with more width and than SVD, all or nothing."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from hf_moe_ext.convert import to_dcca
 from hf_moe_ext.convert.conversion_report import ConversionReport
 from hf_moe_ext.convert.distillation import distillation_loss, measure_perplexity
 from support import zoo
+from support.killed import kill_while_writing
 
 
 @pytest.fixture(scope="session")
@@ -199,15 +195,7 @@ def test_a_kill_leaves_nothing_under_the_final_name(source: Path, rows: Tensor, 
         "to_dcca(sys.argv[1], sys.argv[2], torch.load(sys.argv[3]), latent_size=8, max_shard_bytes=1)\n"
     )
     output = tmp_path / "out"
-    command = [sys.executable, "-c", code, str(source), str(output), str(tmp_path / "rows.pt")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
-    deadline = time.monotonic() + 300
-    while not list(tmp_path.glob(".building-*/*.part")):  # it is writing
-        assert process.poll() is None, "it ended before anything was written"
-        assert time.monotonic() < deadline, "nothing was written"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_while_writing(tmp_path, code, source, output, tmp_path / "rows.pt")
     assert not output.exists()
     to_dcca(source, output, rows, latent_size=8)
     assert (output / "config.json").is_file()
