@@ -65,7 +65,7 @@ def choose_optimizer(model: PreTrainedModel, training: PretrainTrainingArguments
     Raises:
         UserError: µP does not know the optimizer, or cannot use the schedule.
     """
-    if model.config.mup == "none":
+    if getattr(model.config, "mup", "none") == "none":  # a model of another family has no µP
         return None
     name = str(getattr(training.optim, "value", training.optim))
     if name not in MUP_OPTIMIZERS:

@@ -35,7 +35,7 @@ class BaseSettings:
     intermediate_size: int = field(default=192, metadata={"help": "Width of one expert."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Blocks; each holds experts."})
     num_attention_heads: int = field(default=6, metadata={"help": "Attention heads."})
-    num_experts: int = field(default=8, metadata={"help": "Experts per block."})
+    num_experts: int = field(default=8, metadata={"help": "Experts per block; 0: a dense Llama."})
     top_k: int = field(default=2, metadata={"help": "Experts per token."})
     sequence_length: int = field(default=256, metadata={"help": "Tokens per training row."})
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
@@ -175,7 +175,8 @@ def pretrain(settings: BaseSettings, folder: Path) -> dict[str, float]:
         )
         trainer.train()
         print("quickstart base 3/4: bits per byte on the held-out modules", flush=True)
-        model.config.output_router_logits = False
+        if settings.num_experts:
+            model.config.output_router_logits = False
         losses = measure_losses(trainer, sides["held_out"])
         texts = {
             name: [m.text.encode() for m in modules]
@@ -206,24 +207,29 @@ def pretrain(settings: BaseSettings, folder: Path) -> dict[str, float]:
 
 
 def build_model(settings: BaseSettings, tokenizer):
-    """A randomly initialised OLMoE of the given size."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    """A randomly initialised OLMoE of the given size, or a Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_hidden_layers,
+        "num_attention_heads": settings.num_attention_heads,
+        "num_key_value_heads": settings.num_attention_heads,
+        "max_position_embeddings": 1024,
+        # OLMoE's own default is 1, and the embedding row of the padding token is zeroed and never trained.
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    if settings.num_experts == 0:
+        return LlamaForCausalLM(LlamaConfig(**sizes))
     config = OlmoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_attention_heads,
+        **sizes,
         num_experts=settings.num_experts,
         num_experts_per_tok=settings.top_k,
-        max_position_embeddings=1024,
-        # OLMoE's own default is 1, and the embedding row of the padding token is zeroed and never trained.
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
         output_router_logits=True,  # adds the load-balance loss while pre-training
     )
     config._experts_implementation = "grouped_mm"
