@@ -106,7 +106,7 @@ def plan_fold(model: str | os.PathLike[str], untie: bool = False) -> FoldPlan:
     Raises:
         ValueError: naming the rule, the value and the next step.
     """
-    _refuse_adapter(Path(model))
+    refuse_adapter(Path(model), "fold")
     source = locate_checkpoint(model)
     config = read_config(model, source)
     if config.model_type not in _STOCK:
@@ -169,11 +169,16 @@ def _make_stock_config(config: Any, untie: bool) -> Any:
     return stock.from_dict(settings)  # type: ignore[attr-defined]
 
 
-def _refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path, conversion: str) -> None:
+    """Refuse the folder of an adapter.
+
+    Raises:
+        ValueError: saying what can be done with it.
+    """
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} holds an adapter, not a model. A LoRA can be merged: PeftModel.from_pretrained(base, "
-            f"{str(folder)!r}).merge_and_unload().save_pretrained(...), then fold that. PERFT's adapters cannot be merged; "
+            f"{str(folder)!r}).merge_and_unload().save_pretrained(...), then {conversion} that. PERFT's adapters cannot be merged; "
             "serve them on the model they were trained on"
         )
 
