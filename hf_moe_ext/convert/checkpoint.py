@@ -71,6 +71,10 @@ class CheckpointReader:
         """Shape of a tensor, without reading it."""
         return tuple(self._open(self._shard(name)).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Type of a tensor as safetensors names it ("F32", "BF16", ...), without reading it."""
+        return str(self._open(self._shard(name)).get_slice(name).get_dtype())
+
     def _shard(self, name: str) -> Path:
         if name not in self._shard_of:
             raise KeyError(f"checkpoint {self.folder} holds no tensor {name!r}")
@@ -145,6 +149,11 @@ class CheckpointWriter:
         self._pending_bytes += size
         self._total_bytes += size
         self.num_parameters += tensor.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors written so far."""
+        return self._total_bytes
 
     def __enter__(self) -> Self:
         return self

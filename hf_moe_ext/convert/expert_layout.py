@@ -22,6 +22,7 @@ _ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _STOCK = {
     "mixtral": ("block_sparse_moe", {role: name for name, role in _ROLES.items()}),
     "olmoe": ("mlp", {role: role for role in _ROLES.values()}),
+    "qwen3_moe": ("mlp", {role: role for role in _ROLES.values()}),
 }
 GATE_UP, DOWN, ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
 STANDARD_BLOCK = {GATE_UP, DOWN, ROUTER}
@@ -68,7 +69,7 @@ def stock_tensors(name: str, tensor: Tensor, model_type: str) -> Iterator[tuple[
     Args:
         name: of the module, or as the stock family stores it already.
         tensor: its values; on the meta device only their shapes matter.
-        model_type: "mixtral" or "olmoe".
+        model_type: "mixtral", "olmoe" or "qwen3_moe".
 
     Yields:
         Name and tensor; experts' matrices are copies, so that one can be kept without the rest.
