@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hf_moe_ext.ders import DersExperts
+from hf_moe_ext.ders.experts import DersExperts
 
 DENSE, VANILLA = "dense FFN", "vanilla MoE (grouped_mm)"
 FUSED = "low rank, fused"

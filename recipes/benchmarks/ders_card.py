@@ -1,0 +1,1 @@
+"""The card and the figure of `ders.py`, from its JSON alone."""
