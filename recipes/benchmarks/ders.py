@@ -21,7 +21,6 @@ sys.path.insert(0, str(RECIPES / "benchmarks"))
 
 import torch  # noqa: E402  # after the path is set
 import transformers  # noqa: E402
-from dcca import read_results, write_results  # noqa: E402
 from dcca_loss import lower_priority  # noqa: E402
 from dcca_presets import describe  # noqa: E402
 from ders_card import draw_compression, render_card  # noqa: E402
@@ -30,6 +29,8 @@ from ders_memory import measure_memory  # noqa: E402
 from ders_presets import PRESETS, Preset  # noqa: E402
 from ders_quality import measure_quality  # noqa: E402
 from ders_time import measure_time  # noqa: E402
+
+from dcca import read_results, write_results  # noqa: E402
 
 PARTS = ("time", "memory", "quality", "compression")
 

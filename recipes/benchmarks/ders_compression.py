@@ -177,5 +177,3 @@ def _min_max(bits: int) -> Encode:
 def _as_16_bit(num_bytes: int, delta: Tensor, num_values: int) -> int:
     """Values counted at two bytes, as a bfloat16 checkpoint holds them."""
     return num_bytes - num_values * (delta.element_size() - VALUE_BYTES)
-
-

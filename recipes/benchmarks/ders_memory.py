@@ -47,6 +47,7 @@ def measure_memory(preset: MemoryPreset) -> dict[str, Any]:
                 upcycle(parent, source, num_experts=preset.num_experts, top_k=preset.top_k, verify=False, **arguments)
             path = {"ders_forward": "materialised"} if "materialised" in name else {}
             arms[name] = measure_arm(source, preset, path)
+            gc.collect()
     return {
         "arms": arms,
         "saved": {
@@ -88,7 +89,7 @@ def measure_arm(source: Path, preset: MemoryPreset, keys: dict[str, Any]) -> dic
 
     answer()
     answer_peak = measure_transient_bytes(answer, preset.device)
-    result = {
+    return {
         "parameters": model.num_parameters(),
         "weight_bytes": weights,
         "disk_bytes": sum(path.stat().st_size for path in source.glob("*.safetensors")),
@@ -98,6 +99,3 @@ def measure_arm(source: Path, preset: MemoryPreset, keys: dict[str, Any]) -> dic
         "answer_peak_bytes": answer_peak,
         "inference_bytes": weights + answer_peak,
     }
-    del model
-    gc.collect()
-    return result

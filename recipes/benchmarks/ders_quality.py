@@ -47,9 +47,7 @@ def measure_quality(preset: QualityPreset, options: argparse.Namespace) -> dict[
         for arm in preset.arms
     }
     measured = run_cells(cells.values(), work_dir, options.jobs, threads=1)
-    runs = {
-        arm: {seed: measured[cells[arm, seed].name]["arms"][arm] for seed in preset.seeds} for arm in preset.arms
-    }
+    runs = {arm: {seed: measured[cells[arm, seed].name]["arms"][arm] for seed in preset.seeds} for arm in preset.arms}
     first = next(iter(next(iter(runs.values())).values()))
     return {
         "search_seed": preset.search_seed,

@@ -44,9 +44,7 @@ def build_layers(preset: LayerPreset) -> dict[str, nn.Module]:
         DENSE: DenseFfn(preset),
         VANILLA: MixtralExperts(config),
         FUSED: DersExperts(*sizes, delta="low_rank", rank=preset.rank),
-        "low rank, materialised": DersExperts(
-            *sizes, delta="low_rank", rank=preset.rank, forward_path="materialised"
-        ),
+        "low rank, materialised": DersExperts(*sizes, delta="low_rank", rank=preset.rank, forward_path="materialised"),
         "sparse, fused": DersExperts(*sizes, delta="sparse", drop_rate=preset.drop_rate),
         "sparse, fused, positions held": DersExperts(
             *sizes, delta="sparse", drop_rate=preset.drop_rate, hold_positions=True
