@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_moe_ext.ders.delta_form import MATRICES, DeltaForm, matrix_forms
 from hf_moe_ext.ders.delta_stacks import DeltaStack, LowRankStack, QuantizedStack, SparseStack
-from hf_moe_ext.ders.forward import SharedBaseExperts, fused, materialised
+from hf_moe_ext.ders.forward import fused, materialised
+from hf_moe_ext.ders.shared_base import SharedBaseExperts
 from hf_moe_ext.ops.delta_indices import FlatIndices, SeededIndices
 from hf_moe_ext.ops.delta_positions import MaskStream
 
@@ -149,8 +150,8 @@ class DersExperts(nn.Module):
             down=self.down_proj,
             deltas=tuple(self.deltas(matrix) for matrix in self.matrices),
             act=self.act_fn,
-            first_bias=getattr(self, f"{self.first_name}_bias", None),
-            down_bias=getattr(self, "down_proj_bias", None),
+            first_bias=getattr(self, f"{self.first_name}_bias") if self.has_bias else None,
+            down_bias=self.down_proj_bias if self.has_bias else None,
         )
 
     def deltas(self, matrix: str) -> DeltaStack:
