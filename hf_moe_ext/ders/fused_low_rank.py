@@ -89,5 +89,6 @@ def _flat_B(stack: LowRankStack, bias: Tensor | None, dtype: torch.dtype) -> Ten
 
 def _mask(bottleneck: Tensor, mask: Tensor, with_bias: bool) -> Tensor:
     """The chosen expert's bottleneck in its place among zeros, and its 1 for the bias: [tokens, num_experts * (rank + 1)]."""
-    masked = (bottleneck.view(*mask.shape, -1) * mask[..., None]).view_as(bottleneck)
+    rank = bottleneck.shape[1] // mask.shape[1]
+    masked = (bottleneck.view(*mask.shape, rank) * mask[..., None]).view_as(bottleneck)
     return torch.cat([masked, mask], dim=-1) if with_bias else masked
