@@ -92,6 +92,8 @@ def fused(
             raise ValueError(f"path {path!r} is for low-rank deltas only; leave path out, or pass 'grouped'")
         return grouped(hidden, index, weights, experts)
     # Not in training, where the backward would scatter the factors back. Up to here it copies no more than dense-masked.
+    # One token, one CPU core, float32 (hidden 1024, inner 2816, 8 experts of rank 4): top-1 / 2 / 4 take 1.03 / 1.06 / 1.13
+    # of one dense FFN's processor time, dense-masked 1.26 / 1.26 / 1.38. More tokens were not measured.
     if path is None and not torch.is_grad_enabled() and 0 < index.numel() <= experts.num_experts:
         path = "gathered"
     path = path or choose_path(experts.num_experts, max(stack.rank for stack in stacks), hidden.dtype)
