@@ -61,7 +61,7 @@ DERS_BLOCKS: dict[str, dict[str, Any]] = {
     "sparse_values": {
         "moe_block": "ders",
         "ders_delta": "sparse",
-        "ders_drop_rate": 0.6,
+        "ders_drop_rate": 0.7,
         "ders_bits": 8,
         "ders_stored_positions": True,
     },
