@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.ders.block import DenseFfn, UniversalMoeBlock
 from hf_moe_ext.ders.experts import DersExperts
-from support import trainers
+from support import naive, trainers
 from support.latent_models import DERS_BLOCKS, FAMILIES, make_config, make_model
 from support.shared_base import fill_deltas
 
@@ -407,3 +407,40 @@ def test_a_qwen_model_with_dense_layers_is_the_stock_one():
     theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**stock_settings("qwen3_moe") | keys)).eval()
     assert_same(ours.state_dict(), theirs.state_dict())
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+@every_model
+@pytest.mark.parametrize("variant", ["R", "E", "D", "S"])
+def test_perft_adds_what_the_loop_adds(family, variant):
+    """`output - base output` of each layer against per-token loops, with all gradients; ids include the universal expert's."""
+    from peft import get_peft_model
+
+    model = fill_deltas(make_model(family, "universal", dtype=torch.float64))
+    own = {"num_experts": 4, "top_k": 2} if variant == "R" else {}
+    tuned = get_peft_model(model, PerftConfig(variant=variant, r=4, lora_alpha=6, init_weights=False, **own))
+    layers = [layer.mlp.experts for layer in model.model.layers]
+    calls = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: calls.append([layer, *args]))
+        layer.base_layer.register_forward_hook(lambda layer, args, output: calls[-1].append(output))
+        layer.register_forward_hook(lambda layer, args, output: calls[-1].append(output))
+    tuned(input_ids=IDS)
+    assert [call[0] for call in calls] == layers
+    for layer, hidden, index, weights, base_output, output in calls:
+        inputs = {"A": layer.perft_A["default"], "B": layer.perft_B["default"]}
+        if variant == "R":
+            inputs["router"] = layer.perft_router["default"]
+            _, index, weights = naive.route(hidden, inputs["router"], 2, True)
+        elif variant == "E":
+            assert (index[:, -1] == 8).all()  # the universal one, for every token
+        else:
+            index = weights = None
+        slow = naive.routed_adapter(hidden, index, weights, inputs["A"], inputs["B"], scale=1.5, kind="lora")
+        fast = output - base_output
+        assert slow.abs().max() > 1e-2
+        torch.testing.assert_close(fast, slow, atol=1e-10, rtol=0)
+        direction = torch.randn(fast.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        found = torch.autograd.grad((fast * direction).sum(), list(inputs.values()), retain_graph=True)
+        expected = torch.autograd.grad((slow * direction).sum(), list(inputs.values()), retain_graph=True)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0)
