@@ -84,9 +84,10 @@ def test_the_trainer_and_a_fresh_process(form, layout, tmp_path):
 
 
 @pytest.mark.parametrize("block", ["low_rank", "some_layers"])
-def test_expert_parallelism_is_refused_with_the_reason(block, tmp_path):
+def test_expert_parallelism_is_refused_with_the_reason(block, tmp_path, monkeypatch):
     config = make_config("mixtral_ext", block)
     config.save_pretrained(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher says
     reason = r"experts of layer \d \(moe_block='ders'\) share a base that every rank needs.*write fsdp_size"
     for layout in ({"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}):
         with pytest.raises(ValueError, match=reason):
