@@ -18,9 +18,10 @@ D_i      ``delta_{gate,up,down}_*``           W_i = W + D_i, one stack of N delt
 A_i, B_i ``delta_*_A``, ``delta_*_B``         D_i = B_i A_i; [N, r, in], [N, out, r]
 r        ``rank``                             of a low-rank delta
 V_i      ``delta_*_values``                   [N, n] values at the positions I_i of a sparse delta
-I_i      ``delta_*_stream``                   [N, 4] seed, layer, matrix, expert: regenerates the n positions
+I_i      ``delta_*_stream``, or               [N, 4] seed, layer, matrix, expert: regenerates the n positions; or
+         ``delta_*_positions``                [N, n] int32 (``stored_positions``: masks that depend on the data)
 p        ``drop_rate``                        n = round((1 - p) in out)
-b        ``bits``                             ``delta_*_codes``, ``delta_*_scales`` of a quantised delta
+b        ``bits``                             ``delta_*_codes``, ``delta_*_scales`` of a quantised delta or of V_i
 g_i      ``top_k_weights``                    y = sum_i g_i E_i(x)
 b_i      ``gate_up_proj_bias``,               [N, 2 d_h] or [N, d_h], and [N, d]: a full copy per expert
          ``up_proj_bias``, ``down_proj_bias``
@@ -36,5 +37,6 @@ The paper has no public code. Where we depart from it, and why:
 * Gate and up have a delta each, as the paper counts them, though their bases are one tensor on disk.
 * A is drawn as LoRA draws it; the paper leaves its law open. Low-rank deltas have no alpha / r factor, sparse ones no
   1 / (1 - p), as in the paper.
+* Rank, drop rate and bits may differ between gate, up and down; the paper has one for all.
 * Gates need not sum to 1; the layer then starts as (sum of gates) times the dense FFN.
 """
