@@ -1,4 +1,4 @@
-"""Pre-train a model whose MoE blocks the configuration chooses (`olmoe_ext`, `mixtral_ext`) with the plain Trainer.
+"""Pre-train a model whose MoE blocks the configuration chooses (`olmoe_ext`, `mixtral_ext`, `qwen3_moe_ext`) with the plain Trainer.
 
     accelerate launch recipes/pretrain.py [--config recipes/configs/X.yaml] [--moe_block dcca] [--flag value ...]
 

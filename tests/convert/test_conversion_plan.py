@@ -118,3 +118,10 @@ def test_layers_as_text() -> None:
     for text in ("", "a", "3-", "8-5", "1,,2", "-1"):
         with pytest.raises(ValueError, match=r"numbers and ranges such as 3,5-8; got"):
             parse_layers(text)
+
+
+def test_other_blocks_are_not_read(tmp_path: Path) -> None:
+    settings: dict[str, Any] = zoo.FAMILIES["olmoe"]().to_dict()
+    OlmoeExtConfig(**settings | {"moe_block": ["ders", "standard"]}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layer 0 has moe_block='ders', which to_dcca does not read"):
+        plan_conversion(tmp_path)

@@ -463,3 +463,13 @@ def test_command_refuses_an_invalid_configuration(tmp_path: Path, changes: dict[
     assert words in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_stock_mixtral_cannot_express(tmp_path):
+    make_model("mixtral_ext", "standard", norm_topk_prob=False).save_pretrained(tmp_path / "raw")
+    with pytest.raises(ValueError, match="norm_topk_prob=False: a stock Mixtral divides"):
+        fold(tmp_path / "raw", tmp_path / "out")
+    make_model("mixtral_ext", "low_rank").save_pretrained(tmp_path / "shared")
+    with pytest.raises(ValueError, match="layers 0, 1 are DERS blocks"):
+        fold(tmp_path / "shared", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
