@@ -48,7 +48,7 @@ class QualityPreset:
     """Parts `quality` and `compression`: runs of `upcycle.py`, each one arm."""
 
     arms: tuple[str, ...] = ("low_rank", "sparse", "vanilla", "dense")
-    learning_rates: tuple[str, ...] = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
+    learning_rates: tuple[str, ...] = ("5e-4", "1e-3", "2e-3", "4e-3")
     search_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     flags: tuple[str, ...] = ("--max_steps", "300", "--per_device_train_batch_size", "4", "--max_eval_samples", "192")
