@@ -183,7 +183,7 @@ def list_dropped_keys(parent: Any) -> list[str]:
 def _shared_keys(parent: Any, target: type) -> dict[str, Any]:
     """What the parent's class and the target's have in common, special ids and rotary embedding among it."""
     ours = {f.name for f in fields(ExtKeys)}
-    names = {f.name for f in fields(type(parent))} & {f.name for f in fields(target)}  # type: ignore[arg-type]
+    names = {f.name for f in fields(type(parent))} & {f.name for f in fields(target)}
     names -= ours | _DROPPED | {"architectures", "transformers_version", "model_type", "quantization_config"}
     values = {name: getattr(parent, name) for name in sorted(names)}
     if values.get("attention_dropout") is None:  # Llama's class takes it for none
