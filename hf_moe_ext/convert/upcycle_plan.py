@@ -1,5 +1,6 @@
 """What an upcycling will do, and everything that can be refused before a weight is read."""
 
+import copy
 import math
 import os
 import re
@@ -199,7 +200,8 @@ def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _outline(config: Any) -> nn.Module:
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Of a copy: from_config notes the type in the configuration it is given.
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     return model
 
 

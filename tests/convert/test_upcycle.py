@@ -1,5 +1,6 @@
 """An upcycled checkpoint: step-0 logits of its dense parent, whatever the form; opens, trains and generates."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -34,11 +35,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("layers", ["all", "every-other"])
-@pytest.mark.parametrize("universal", ["none", "keep", "extend"])
-@pytest.mark.parametrize("delta", DELTAS)
-@pytest.mark.parametrize("parent", PARENTS)
+def list_cases() -> list[Any]:
+    """Every parent, delta, universal expert, choice of layers and top_k; the fast run has each of them with each parent."""
+    routes = list(itertools.product(("all", "every-other"), (1, 2, 4)))
+    cases = []
+    for number, blocks in enumerate(itertools.product(PARENTS, DELTAS, ("none", "keep", "extend"))):
+        for place, route in enumerate(routes):
+            marks = () if (number + number // 6) % 6 == place else (pytest.mark.slow,)
+            cases.append(pytest.param(*blocks, *route, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("parent", "delta", "universal", "layers", "top_k"), list_cases())
 def test_step_zero(tmp_path: Path, parent: str, delta: Any, universal: Any, layers: str, top_k: int) -> None:
     dense = save_dense(tmp_path / "dense", parent)
     report = upcycle(
@@ -94,14 +102,14 @@ def test_verify_raises_and_nothing_is_written(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(upcycle_tensors, "read_weight", wrong)
     save_dense(tmp_path / "dense")
-    with pytest.raises(RuntimeError, match="logits differ from the parent's by up to .* nothing was written"):
+    with pytest.raises(RuntimeError, match=r"logits differ from the parent's by up to .* nothing was written"):
         upcycle(tmp_path / "dense", tmp_path / "moe")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_the_bound_grows_with_the_model() -> None:
     assert bound(3, 64, 0.5) == 1e-6
-    assert bound(3, 64, 5.0) == 5e-6
+    assert bound(3, 64, 5.0) == pytest.approx(5e-6)
     assert bound(32, 4096, 1.0) == pytest.approx(64e-6)
 
 
@@ -121,25 +129,24 @@ def test_other_types_are_kept(tmp_path: Path, form: Any, dtype: torch.dtype) -> 
 
 
 def test_another_type(tmp_path: Path) -> None:
-    dense = save_dense(tmp_path / "dense", "mistral")
+    save_dense(tmp_path / "dense", "mistral")
     report = upcycle(tmp_path / "dense", tmp_path / "moe", dtype="bfloat16", delta="quantized")
     assert report.max_logit_difference is not None
     assert report.max_logit_difference <= 1e-6
     kinds = {name.rpartition("_")[2]: tensor.dtype for name, tensor in read_weights(tmp_path / "moe").items()}
     assert kinds["codes"] == torch.uint8
     assert set(kinds.values()) == {torch.uint8, torch.bfloat16}
-    check_equal(load_logits(tmp_path / "moe", dtype=torch.float32), read_logits(dense.bfloat16().float()))
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16).float()
+    check_equal(load_logits(tmp_path / "moe", dtype=torch.float32), read_logits(rounded))
 
 
-@pytest.mark.parametrize("parent", ["llama", "qwen3"])
+# A stock mixtral always makes its gates sum to 1: refused in test_upcycle_plan.py.
+@pytest.mark.parametrize(("parent", "form"), [("llama", "ders"), ("qwen3", "ders"), ("qwen3", "vanilla")])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("form", ["ders", "vanilla"])
 def test_gates_as_they_are(tmp_path: Path, parent: str, form: Any, top_k: int) -> None:
     """Each layer starts as the sum of its kept probabilities times the FFN; the report has the sums."""
-    if form == "vanilla" and parent == "llama":
-        pytest.skip("a stock mixtral always makes its gates sum to 1; refused in test_upcycle_plan.py")
     dense = save_dense(tmp_path / "dense", parent)
-    settings = {"num_experts": 4, "top_k": top_k, "norm_topk_prob": False, "router_std": 0.3}
+    settings = {"num_experts": 4, "top_k": top_k, "norm_topk_prob": False, "router_std": 0.1}
     report = upcycle(tmp_path / "dense", tmp_path / "moe", form=form, **settings)
     assert report.max_logit_difference is not None
     assert report.max_logit_difference <= 1e-6
@@ -244,7 +251,7 @@ def test_tied_heads(tmp_path: Path, parent: str) -> None:
     assert moe.lm_head.weight is moe.model.embed_tokens.weight
     check_equal(read_logits(moe), read_logits(dense))
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="tie_word_embeddings=True, but lm_head.weight is not the embedding"):
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=True, but lm_head\.weight is not the embedding"):
         upcycle(tmp_path / "dense", tmp_path / "other")
 
 
@@ -277,6 +284,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ders", "vanilla"])
 def test_opens_and_generates_in_a_fresh_process(tmp_path: Path, form: Any) -> None:
     """Full copies where this package cannot be imported."""
@@ -353,7 +361,7 @@ def test_router_gradient_of_one_expert_a_token(tmp_path: Path) -> None:
         stuck = any("never reaches the router" in text for text in report.warnings)
         gradient = model.model.layers[0].mlp.gate.weight.grad
         size = 0.0 if gradient is None else float(gradient.abs().max())
-        assert stuck == (size < 1e-9), (name, size)
+        assert stuck == (size < 1e-7), (name, size)
         return size
 
     router_gradient("stuck")
@@ -374,6 +382,7 @@ def test_existing_output_is_kept_unless_asked(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["model_type"] == "mixtral_ext"
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     save_dense(tmp_path / "dense", num_hidden_layers=24)
     code = (
