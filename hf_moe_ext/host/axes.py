@@ -49,9 +49,8 @@ _MODEL: dict[str, Axes] = {
     r"mlp\.down_proj\.bias": Axes(HIDDEN),
 }
 # Where a family's differ: Qwen3 has one gain for each place in a head, the same for all heads.
-_OF_FAMILY: dict[str, dict[str, Axes]] = dict.fromkeys(
-    ("qwen3_moe", "qwen3_moe_ext"), {r"self_attn\.[qk]_norm\.weight": Axes(HEAD_DIM)}
-)
+_QWEN3 = {r"self_attn\.[qk]_norm\.weight": Axes(HEAD_DIM)}
+_OF_FAMILY: dict[str, dict[str, Axes]] = {"qwen3_moe": _QWEN3, "qwen3_moe_ext": _QWEN3}
 _ROUTER = Axes(EXPERTS, HIDDEN)
 _STANDARD: dict[str, Axes] = {
     r"(?:mlp\.gate|block_sparse_moe\.router)\.weight": _ROUTER,

@@ -56,6 +56,7 @@ def resolve_ders(config: Any, layers: list[int]) -> None:
     for layer in layers:
         for name in taken:
             _check_number(config, name, _of_layer(config, name, layer))
+    _check_positions(config)
     _check_universal(config)
     _resolve_mask(config)
     _warn(config, layers)
@@ -114,6 +115,14 @@ def _check_choices(config: Any) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(config, name)!r}")
+
+
+def _check_positions(config: Any) -> None:
+    if config.ders_stored_positions and config.ders_hold_positions and config.ders_delta == SPARSE:
+        raise ValueError(
+            "ders_hold_positions=True keeps positions made from a seed, and with ders_stored_positions=True they are stored "
+            "anyway; leave ders_hold_positions out"
+        )
 
 
 def _check_lists(config: Any, name: str, layers: list[int]) -> None:

@@ -111,10 +111,9 @@ def _check_relations(config: Any) -> None:
             "zeros sends every token to the same experts"
         )
     if config.num_experts_per_tok == 1 and router_normalizes(config):
-        advice = "write norm_topk_prob=False" if hasattr(config, "norm_topk_prob") else "use an OLMoE-style model"
         raise ValueError(
             "num_experts_per_tok=1 with routing weights that are made to sum to 1: every weight is 1 whatever the router "
-            f"says, so it gets no gradient from the loss; {advice}, or num_experts_per_tok=2"
+            "says, so it gets no gradient from the loss; write norm_topk_prob=False, or num_experts_per_tok=2"
         )
     if config.mup_form == FOLDED and config.tie_word_embeddings:
         raise ValueError(
