@@ -7,7 +7,7 @@ import typer
 
 
 def upcycle_checkpoint(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model: llama, mistral or qwen3.")],
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model: llama, mistral, granite or qwen3.")],
     output: Annotated[str, typer.Option(help="Folder to write.")],
     form: Annotated[
         Literal["ders", "vanilla"],

@@ -109,6 +109,13 @@ def test_arguments(tmp_path: Path, settings: dict[str, Any], words: str, error: 
             {},
             r"its layers differ in their attention \(full_attention, sliding_attention, window 9\).* needed: ",
         ),
+        ("granite", {"attention_bias": True}, {}, "attention_bias=True"),
+        (
+            "granite",
+            {"mlp_bias": False},
+            {"form": "vanilla"},
+            "residual_multiplier=0.4, .* a stock mixtral .*no multipliers",
+        ),
         ("qwen3", {}, {"form": "vanilla", "universal": "extend"}, "a stock qwen3_moe model has no expert that every"),
     ],
 )
@@ -134,7 +141,6 @@ def test_keys_without_a_home(
         ("gemma2", "soft cap"),
         ("gemma3_text", "before and behind"),
         ("stablelm", "LayerNorm with biases"),
-        ("granite", "multipliers"),
         ("smollm3", "no rotary embedding"),
         ("ministral", "one for all"),
         ("cohere", "scaled logits"),
@@ -147,7 +153,10 @@ def test_keys_without_a_home(
 def test_families_without_a_home(tmp_path: Path, parent: str, words: str) -> None:
     """Each is a family that Transformers knows, and the reason says what would be needed."""
     AutoConfig.for_model(parent).save_pretrained(tmp_path / "dense")
-    refuse(tmp_path, f"upcycle takes llama, mistral, qwen3; .* has model_type '{parent}'.*no exact home: .*{words}")
+    refuse(
+        tmp_path,
+        f"upcycle takes llama, mistral, granite, qwen3; .* has model_type '{parent}'.*no exact home: .*{words}",
+    )
     if parent != "bloom":
         refuse(tmp_path, "needed: ")
 

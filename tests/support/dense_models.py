@@ -34,6 +34,10 @@ PARENTS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_parameters": LLAMA3},
     "llama-biased": {"model_type": "llama", "mlp_bias": True, "hidden_act": "gelu", "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "granite": {
+        **{"model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "head_dim": None},
+        **{"residual_multiplier": 0.4, "logits_scaling": 2.0, "mlp_bias": True},
+    },
     "qwen3": {
         **{"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
         **{"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
@@ -44,7 +48,8 @@ PARENTS: dict[str, dict[str, Any]] = {
 def make_dense_config(parent: str = "llama", **keys: Any) -> Any:
     """A configuration of ``PARENTS``, or of any model type, with other keys."""
     settings = {**_COMMON, **PARENTS.get(parent, {"model_type": parent}), **keys}
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    given = {name: value for name, value in settings.items() if value is not None}  # a key that the class has not
+    return AutoConfig.for_model(given.pop("model_type"), **given)
 
 
 def save_dense(
