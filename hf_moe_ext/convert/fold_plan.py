@@ -164,7 +164,7 @@ def _make_stock_config(config: Any, untie: bool) -> Any:
     stock = _STOCK[config.model_type]
     ours = {"model_type", *(f.name for f in fields(ExtKeys))}
     settings = {name: value for name, value in config.to_dict().items() if name not in ours}
-    if "norm_topk_prob" not in {f.name for f in fields(stock)}:  # type: ignore[arg-type]
+    if "norm_topk_prob" not in {f.name for f in fields(stock)}:
         settings.pop("norm_topk_prob", None)  # Mixtral's stock router has no choice
     settings["architectures"] = [stock.__name__.replace("Config", "ForCausalLM")]
     if untie:

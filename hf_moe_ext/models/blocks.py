@@ -1,9 +1,10 @@
 """The modules that the configuration puts into a decoder layer in the place of the stock block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from hf_moe_ext.dcca.block import DccaMoeBlock
@@ -74,3 +75,20 @@ def _share_base(layer: Any, index: int, config: Any) -> None:
     complement = config.ders_universal_gate == COMPLEMENT
     noise = getattr(config, "router_jitter_noise", 0.0)  # Mixtral's
     layer.mlp = UniversalMoeBlock(layer.mlp.gate, experts, shared, complement, noise)
+
+
+def draw_shared_base(experts: DersExperts, std: float, factors: Mapping[str, float]) -> None:
+    """Base as stock experts are drawn, biases zero, deltas by their own law; what came from a checkpoint stays."""
+    bases = (experts.first_name, "down_proj")
+    for name in bases:
+        init.normal_(getattr(experts, name), mean=0.0, std=std * factors.get(name, 1.0))
+        if experts.has_bias:
+            init.zeros_(getattr(experts, f"{name}_bias"))
+    tensors = {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
+    read = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+    if tensors.keys() <= read.keys() | set(bases):
+        return
+    kept = {name: tensor.clone() for name, tensor in read.items()}
+    experts.reset_deltas()
+    for name, values in kept.items():
+        tensors[name].copy_(values)

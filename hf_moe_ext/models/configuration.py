@@ -116,16 +116,16 @@ class ExtKeys:
         # Without the stock rule for weights that no layer has: such a rule only makes Transformers warn.
         experts, blocks = "layers.*.mlp.experts", self.moe_blocks
         whole = DERS in blocks or set(blocks) == {DENSE}
+        dense = {f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")}
         stock = {
             name: style
             for name, style in type(self)._stock_tp_plan().items()
-            if not name.startswith(f"{experts}.") and not (whole and name == experts)
+            if not (name.startswith(f"{experts}.") or name in dense or (whole and name == experts))
         }
         styles = {"gate_up_proj": "packed_colwise", "up_proj": "colwise", "down_proj": "rowwise"}
         ours = {} if whole else {f"{experts}.{name}": styles[name] for name in self._expert_weights}
         if DENSE in blocks:
-            names = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-            ours |= {f"layers.*.mlp.{name}": style for name, style in names.items()}
+            ours |= {name: "rowwise" if name.endswith("down_proj") else "colwise" for name in sorted(dense)}
         return {**ours, **stock}
 
     @property

@@ -70,6 +70,7 @@ def check_distribution(
         _check_expert_plan(model, sites, plans["ep_plan"], layout.ep_size)
         _check_eager(model, sites, layout)
     if layout.tp_size > 1:
+        _warn_of_shared_norms(plans["tp_plan"])
         _check_heads(model, plans["tp_plan"], layout.tp_size)
     if layout.tp_size > 1 and layout.ep_size == 1:
         _check_inner_width(model, sites, layout.tp_size, dtype)
@@ -263,6 +264,16 @@ def _check_heads(model: Any, plan: dict[str, str], tp_size: int) -> None:
         raise ValueError(
             f"tp_size={tp_size} must divide num_key_value_heads={num_heads}; write a smaller tp_size, and fsdp_size for "
             "the other processes"
+        )
+
+
+def _warn_of_shared_norms(plan: dict[str, str]) -> None:
+    """Transformers 5.23 sums such a gradient over the ranks after each backward, with what earlier ones have left in it."""
+    names = [name for name, style in plan.items() if style == "replicated_with_grad_allreduce"]
+    if names:
+        logger.warning(
+            f"{' and '.join(names)}: under tensor parallelism Transformers adds up their gradients anew after each backward, "
+            "which is right for one backward per step only; train with gradient_accumulation_steps=1, or freeze them"
         )
 
 

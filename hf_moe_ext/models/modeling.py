@@ -4,7 +4,7 @@ Everything but the blocks is inherited. A layer's stock block is exchanged befor
 standard blocks draws the same weights from the same seed as the stock one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from hf_moe_ext.dcca.block import is_plain
 from hf_moe_ext.ders.experts import DersExperts
-from hf_moe_ext.models.blocks import exchange_block
+from hf_moe_ext.models.blocks import draw_shared_base, exchange_block
 from hf_moe_ext.models.checkpoint_blocks import refuse_other_blocks
 from hf_moe_ext.models.configuration import DCCA, DERS, MixtralExtConfig, OlmoeExtConfig, Qwen3MoeExtConfig
 from hf_moe_ext.models.distribution import check_distribution, count_processes
@@ -84,7 +84,7 @@ class ChosenBlocks:
     def _init_weights(self, module: Any) -> None:
         stds, factors = getattr(module, "init_std", {}), getattr(module, "init_factor", {})
         if isinstance(module, DersExperts):
-            _draw_shared_base(module, self.config.initializer_range, factors)  # type: ignore[attr-defined]
+            draw_shared_base(module, self.config.initializer_range, factors)  # type: ignore[attr-defined]
             return
         if not stds and not factors:
             super()._init_weights(module)  # type: ignore[misc]
@@ -248,23 +248,6 @@ def _set_init_factors(model: nn.Module, config: Any) -> None:
             # Deltas of a shared base have laws of their own.
             roles = {name: read_role(f"{path}.{name}", config) for name in matrices if not name.startswith("delta_")}
             module.init_factor = {name: role.init_factor for name, role in roles.items()}
-
-
-def _draw_shared_base(experts: DersExperts, std: float, factors: Mapping[str, float]) -> None:
-    """Base as stock experts are drawn, biases zero, deltas by their own law; what came from a checkpoint stays."""
-    bases = (experts.first_name, "down_proj")
-    for name in bases:
-        init.normal_(getattr(experts, name), mean=0.0, std=std * factors.get(name, 1.0))
-        if experts.has_bias:
-            init.zeros_(getattr(experts, f"{name}_bias"))
-    tensors = {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
-    read = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
-    if tensors.keys() <= read.keys() | set(bases):
-        return
-    kept = {name: tensor.clone() for name, tensor in read.items()}
-    experts.reset_deltas()
-    for name, values in kept.items():
-        tensors[name].copy_(values)
 
 
 def _name_latent(model: Any, _: tuple[Any, ...], output: Any) -> None:
