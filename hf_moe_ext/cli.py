@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import hf_moe_ext
+from hf_moe_ext.commands.upcycle import upcycle_checkpoint
 
 # Under `recipes/finetune.py` the same settings are written with underscores; both spellings work here.
 _CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-")}
@@ -402,6 +403,10 @@ def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str
     # An option that may be repeated is an empty sequence when it was not given at all.
     return {n: list(v) if isinstance(v, tuple | list) else v for n, v in given.items() if v not in ((), [])}
 
+
+app.command("upcycle", short_help="Make a dense checkpoint a Mixture-of-Experts one with the same logits.")(
+    upcycle_checkpoint
+)
 
 if __name__ == "__main__":
     app()

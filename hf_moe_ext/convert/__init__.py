@@ -7,7 +7,7 @@ memory, and writes a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
 ``fold`` multiplies the forward multipliers of a µP model, or of any with some, into its weights, and writes a stock Mixtral
 or OLMoE checkpoint with equal logits, which opens without this package.
 
-``upcycle`` makes a dense Llama, Mistral or Qwen3 checkpoint a Mixture-of-Experts one that starts with the same logits: one
+``upcycle`` makes a dense Llama, Mistral, Granite or Qwen3 checkpoint a Mixture-of-Experts one that starts with the same logits: one
 shared base and a light delta per expert (DeRS), or full copies in a stock Mixtral or Qwen3-MoE checkpoint.
 """
 

@@ -6,6 +6,7 @@ and gates that sum to 1 it computes what the parent does.
 | parent | base + deltas | full copies (stock) |
 |---|---|---|
 | ``llama``, ``mistral`` | ``mixtral_ext`` | ``mixtral`` |
+| ``granite`` | ``mixtral_ext``, whose multipliers are Granite's | none, unless its multipliers are all neutral |
 | ``qwen3`` | ``qwen3_moe_ext`` | ``qwen3_moe`` |
 """
 
@@ -17,13 +18,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from hf_moe_ext.models.configuration import ExtKeys
 
 DERS, VANILLA = "ders", "vanilla"
-_STOCK_HOMES = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe"}
+_STOCK_HOMES = {"llama": "mixtral", "mistral": "mixtral", "granite": "mixtral", "qwen3": "qwen3_moe"}
 # Keys that have done their work when a configuration is made, or say nothing of the computation.
 _DROPPED = {"pretraining_tp", "mlp_bias", "attention_bias", "layer_types", "max_window_layers", "head_dim", "auto_map"}
 _DROPPED |= {"rope_theta", "rope_scaling", "tokenizer_class", "torch_dtype", "_name_or_path", "_commit_hash"}
 
 _POST_NORM = "its norms stand behind attention and FFN, those of the present targets before them"
-_MULTIPLIERS = "its multipliers of embedding, attention, residual stream and logits have no key in the stock targets"
+_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 _REASONS = {
     "qwen2": "its q, k and v projections have biases, which no present target has; needed: a target with these biases",
     "olmo": "its LayerNorm has no weights, the targets' RMSNorm has; needed: a target with weightless LayerNorm",
@@ -47,7 +48,6 @@ _REASONS = {
         "norm behind the experts forbids the fused forward)"
     ),
     "stablelm": "it has LayerNorm with biases and rotates a part of each head; needed: a target with StableLM's layers",
-    "granite": f"{_MULTIPLIERS}; needed: a conversion that sets those of mixtral_ext",
     "smollm3": "some of its layers have no rotary embedding; needed: a target that can leave it out by layer",
     "ministral": "its layers alternate between windows, the target has one for all; needed: windows by layer",
     "cohere": "its LayerNorm, scaled logits and attention beside the FFN; needed: a target with Cohere's layers",
@@ -97,7 +97,7 @@ def refuse_homeless(name: str, parent: Any) -> None:
         raise ValueError(
             f"upcycle takes {', '.join(_STOCK_HOMES)}; {name} has model_type {kind!r}, which has no exact home: {reason}"
         )
-    if kind == "llama" and parent.attention_bias:
+    if kind in ("llama", "granite") and parent.attention_bias:
         raise ValueError(
             f"{name}: attention_bias=True, and Mixtral's attention has no biases, so no target can hold them; needed: a "
             "target with biases in q, k, v and o"
@@ -128,6 +128,9 @@ def refuse_in_stock(name: str, parent: Any, request: HomeRequest, universal: str
             f"{name}: mlp_bias=True, and the experts of a stock {stock} model have no biases; {instead}, which copies them "
             "per expert"
         )
+    if parent.model_type == "granite" and _read_multipliers(parent) != (1, _head_dim(parent) ** -0.5, 1, 1):
+        given = ", ".join(f"{key}={getattr(parent, key)}" for key in _MULTIPLIERS)
+        raise ValueError(f"{name}: {given}, and a stock {stock} model has no multipliers; {instead}")
     if stock == "mixtral" and len(request.layers) < parent.num_hidden_layers:
         raise ValueError(
             f"layers: {len(request.layers)} of {parent.num_hidden_layers} with form='vanilla', but every layer of a stock "
@@ -149,7 +152,7 @@ def make_home(parent: Any, request: HomeRequest) -> Any:
     model_type = stock if request.form == VANILLA else f"{stock}_ext"
     target = type(AutoConfig.for_model(model_type))
     keys = _shared_keys(parent, target)
-    keys["head_dim"] = parent.head_dim
+    keys["head_dim"] = _head_dim(parent)
     keys["router_aux_loss_coef"] = request.router_aux_loss_coef
     # Else the coefficient has no effect in training.
     keys["output_router_logits"] = request.router_aux_loss_coef > 0
@@ -168,6 +171,8 @@ def make_home(parent: Any, request: HomeRequest) -> Any:
             ["dense" if i in whole else DERS for i in range(parent.num_hidden_layers)] if whole else DERS
         )
         keys |= request.ders
+        if parent.model_type == "granite":
+            keys |= dict(zip(_MULTIPLIERS, _read_multipliers(parent), strict=True))
     elif whole:
         keys["mlp_only_layers"] = whole
     keys["architectures"] = [target.__name__.replace("Config", "ForCausalLM")]
@@ -180,10 +185,18 @@ def list_dropped_keys(parent: Any) -> list[str]:
     return sorted(key for key in parent.to_dict() if key not in known and not key.startswith("_"))
 
 
+def _head_dim(parent: Any) -> int:
+    return getattr(parent, "head_dim", None) or parent.hidden_size // parent.num_attention_heads
+
+
+def _read_multipliers(parent: Any) -> tuple[float, ...]:
+    return tuple(getattr(parent, name) for name in _MULTIPLIERS)
+
+
 def _shared_keys(parent: Any, target: type) -> dict[str, Any]:
     """What the parent's class and the target's have in common, special ids and rotary embedding among it."""
     ours = {f.name for f in fields(ExtKeys)}
-    names = {f.name for f in fields(type(parent))} & {f.name for f in fields(target)}  # type: ignore[arg-type]
+    names = {f.name for f in fields(type(parent))} & {f.name for f in fields(target)}
     names -= ours | _DROPPED | {"architectures", "transformers_version", "model_type", "quantization_config"}
     values = {name: getattr(parent, name) for name in sorted(names)}
     if values.get("attention_dropout") is None:  # Llama's class takes it for none

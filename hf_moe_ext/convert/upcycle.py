@@ -1,4 +1,4 @@
-"""``upcycle``: a dense Llama, Mistral or Qwen3 checkpoint to a Mixture-of-Experts one that starts with the same logits.
+"""``upcycle``: a dense Llama, Mistral, Granite or Qwen3 checkpoint to a Mixture-of-Experts one that starts with the same logits.
 
 The order of work: the refusals (`upcycle_plan`, `dense_parents`), the numbers (`upcycle_count`), the tensors one at a time
 (`upcycle_tensors`) and the comparison with the parent (`upcycle_check`), in a folder that gets its name at the end.
@@ -62,7 +62,7 @@ def upcycle(
     with labels then contains the load-balance loss.
 
     Args:
-        source: folder or Hub id of a llama, mistral or qwen3 model in safetensors, not quantised.
+        source: folder or Hub id of a llama, mistral, granite or qwen3 model in safetensors, not quantised.
         output: folder to write: config.json, safetensors, the parent's tokenizer and generation settings, upcycle.json.
         form: "ders": one shared base and a delta per expert, ``mixtral_ext`` or ``qwen3_moe_ext``; "vanilla": full copies,
             stock ``mixtral`` or ``qwen3_moe``, which opens without this package.

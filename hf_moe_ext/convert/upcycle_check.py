@@ -13,7 +13,7 @@ from hf_moe_ext.convert.upcycle_report import UpcycleReport
 _CHECKED_ROWS, _CHECKED_LENGTH = 2, 16
 # Of logits of the order of 1 in a small model. Rounding in float32 (sums of gates, other shapes of the same products) adds
 # up over layers, and over the terms of a product as a random walk: measured 2e-6 to 3e-6 of the greatest logit in random
-# models of 12 to 24 layers and widths 512 to 1024, a fifth of what this allows.
+# models of 12 to 24 layers and widths 512 to 1024, a sixth of what this allows.
 _BOUND, _SMALL = 1e-6, 32
 
 

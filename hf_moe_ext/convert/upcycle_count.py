@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_moe_ext.convert.dense_parents import DERS
 from hf_moe_ext.convert.upcycle_plan import DELTAS, UpcyclePlan
 from hf_moe_ext.convert.upcycle_report import UpcycledLayer, UpcycleReport
-from hf_moe_ext.scaling.ders_accounting import break_even_bits, break_even_drop_rate, break_even_rank
+from hf_moe_ext.scaling.ders_accounting import DENSE_BITS, break_even_bits, break_even_drop_rate, break_even_rank
 
 _PARTS = {
     "router": re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight"),
@@ -57,14 +57,17 @@ def warn_of_bytes(plan: UpcyclePlan, dtype: torch.dtype, report: UpcycleReport) 
         return
     size, hidden, width = dtype.itemsize, plan.parent.hidden_size, plan.parent.intermediate_size
     needed = {
-        "low_rank": f"below {break_even_rank(s.num_experts, hidden, width):.4g}",
-        "sparse": f"above {break_even_drop_rate(s.num_experts, 'seed', size):.4g}",
-        "quantized": f"below {break_even_bits(s.num_experts) * size / 2:.4g} with its scales",
+        "low_rank": f"a rank below {break_even_rank(s.num_experts, hidden, width):.4g} saves",
+        "sparse": f"a drop_rate above {break_even_drop_rate(s.num_experts, 'seed', size):.4g} saves",
+        # 16 bits stand for entries as they are, in the checkpoint's type.
+        "quantized": "fewer bits than 16 save"
+        if s.bits == DENSE_BITS
+        else f"bits, with {DENSE_BITS} of scale per 128, below {break_even_bits(s.num_experts) * size / 2:.4g} save",
     }[s.delta]
     name = DELTAS[s.delta]
     report.warnings.append(
         f"{name}={getattr(s, name)}: base and deltas take {report.num_bytes:,} bytes, full copies {report.vanilla_bytes:,}; "
-        f"for {s.num_experts} experts of {hidden} x {width} only a {name} {needed} saves any"
+        f"for {s.num_experts} experts of {hidden} x {width} only {needed} any"
     )
 
 

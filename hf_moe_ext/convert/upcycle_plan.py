@@ -1,5 +1,6 @@
 """What an upcycling will do, and everything that can be refused before a weight is read."""
 
+import copy
 import math
 import os
 import re
@@ -199,7 +200,8 @@ def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _outline(config: Any) -> nn.Module:
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Of a copy: from_config notes the type in the configuration it is given.
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     return model
 
 
@@ -211,9 +213,9 @@ def _check_settings(s: UpcycleSettings) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-    for name, value in (("num_experts", s.num_experts), ("top_k", s.top_k), ("rank", s.rank)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer; got {value!r}")
+    for name, size in (("num_experts", s.num_experts), ("top_k", s.top_k), ("rank", s.rank)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an integer; got {size!r}")
     if s.num_experts < 2:
         raise ValueError(f"num_experts must be at least 2 (one expert is the dense model); got {s.num_experts}")
     if not 1 <= s.top_k <= s.num_experts:

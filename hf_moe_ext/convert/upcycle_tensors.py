@@ -89,7 +89,7 @@ def _ffn_tensors(plan: UpcyclePlan, reader: CheckpointReader, found: re.Match[st
     prefix, part, kind = found[1], found[3], found[4]
     tensor = read_weight(plan, reader, found[0])
     if plan.settings.universal == "keep":
-        yield f"{prefix}.shared_expert.{part}.{kind}", tensor
+        yield f"{prefix}.shared_expert.{part}.{kind}", tensor.clone()  # a file takes no two names of one memory
     if part == "up_proj":
         return
     if part == "gate_proj":
