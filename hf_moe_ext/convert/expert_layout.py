@@ -2,7 +2,7 @@
 
 | checkpoint | one expert's matrices (gate, up, down) | router |
 |---|---|---|
-| stock OLMoE | ``mlp.experts.N.gate_proj.weight``, ``up_proj``, ``down_proj`` | ``mlp.gate.weight`` |
+| stock OLMoE, Qwen3-MoE | ``mlp.experts.N.gate_proj.weight``, ``up_proj``, ``down_proj`` | ``mlp.gate.weight`` |
 | stock Mixtral | ``block_sparse_moe.experts.N.w1.weight``, ``w3``, ``w2`` | ``block_sparse_moe.gate.weight`` |
 | ``*_ext`` | ``mlp.experts.gate_up_proj`` [E, 2F, H] and ``down_proj`` [E, H, F], stacked | ``mlp.gate.weight`` |
 """
@@ -22,6 +22,7 @@ _ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _STOCK = {
     "mixtral": ("block_sparse_moe", {role: name for name, role in _ROLES.items()}),
     "olmoe": ("mlp", {role: role for role in _ROLES.values()}),
+    "qwen3_moe": ("mlp", {role: role for role in _ROLES.values()}),
 }
 GATE_UP, DOWN, ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
 STANDARD_BLOCK = {GATE_UP, DOWN, ROUTER}
@@ -68,7 +69,7 @@ def stock_tensors(name: str, tensor: Tensor, model_type: str) -> Iterator[tuple[
     Args:
         name: of the module, or as the stock family stores it already.
         tensor: its values; on the meta device only their shapes matter.
-        model_type: "mixtral" or "olmoe".
+        model_type: "mixtral", "olmoe" or "qwen3_moe".
 
     Yields:
         Name and tensor; experts' matrices are copies, so that one can be kept without the rest.
@@ -83,6 +84,12 @@ def stock_tensors(name: str, tensor: Tensor, model_type: str) -> Iterator[tuple[
         parts = matrix.chunk(2) if stacked == "gate_up_proj" else (matrix,)
         for role, part in zip(("gate_proj", "up_proj") if len(parts) == 2 else ("down_proj",), parts, strict=True):
             yield f"{prefix}.experts.{expert}.{roles[role]}.weight", part.clone()
+
+
+def stock_expert_name(layer: int, expert: int, role: str, model_type: str) -> str:
+    """Name of one expert's matrix ("gate_proj", "up_proj" or "down_proj") in a stock checkpoint."""
+    block, roles = _STOCK[model_type]
+    return f"{LAYER_PREFIX}{layer}.{block}.experts.{expert}.{roles[role]}.weight"
 
 
 def check_standard_block(state: dict[str, Tensor], layer: int, shapes: dict[str, tuple[int, ...]]) -> None:
