@@ -6,11 +6,14 @@ memory, and writes a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
 
 ``fold`` multiplies the forward multipliers of a µP model, or of any with some, into its weights, and writes a stock Mixtral
 or OLMoE checkpoint with equal logits, which opens without this package.
+
+``compress`` stores the experts of a MoE that was upcycled from a dense model as one shared base and a light delta each.
 """
 
 # Here and now, not on first use: a module of the same name, imported by itself, would otherwise stand in its place.
+from hf_moe_ext.convert.compress import compress
 from hf_moe_ext.convert.distillation import DistillationSettings
 from hf_moe_ext.convert.fold import fold
 from hf_moe_ext.convert.to_dcca import to_dcca
 
-__all__ = ["DistillationSettings", "fold", "to_dcca"]
+__all__ = ["DistillationSettings", "compress", "fold", "to_dcca"]

@@ -124,7 +124,8 @@ def compress(
     encodings = {matrix: encoding.fill_in(shape) for matrix, shape in plan.experts.shapes.items()}
     bases = LayerBases(plan, base)
     budgeted = target_bytes is not None or max_error is not None
-    chosen = choose_rates(plan, measure_all(plan, bases, encodings, budgeted, dry_run), encodings, target_bytes, max_error)
+    measured = measure_all(plan, bases, encodings, budgeted, dry_run)
+    chosen = choose_rates(plan, measured, encodings, target_bytes, max_error, shard_bytes)
     _fill_rows(plan, chosen, report, export)
     _judge(chosen, report, min_cosine, force, base)
     report.predicted_file_bytes = predict_file_bytes(plan, chosen, export, shard_bytes)
@@ -166,6 +167,8 @@ def _check_request(
         raise ValueError(f"min_cosine must be from -1 to 1, got {min_cosine!r}")
     if export not in (None, "stock"):
         raise ValueError(f"export must be 'stock' or None, got {export!r}")
+    if export == "stock" and target_bytes is not None:
+        raise ValueError("export='stock' writes ordinary experts, which take the bytes they took; leave target_bytes out")
     if base == "least_squares" and encoding.method == "random_drop":
         raise ValueError(
             "base='least_squares' with encode='random_drop': its expected error is least at the mean; write base='mean', or "

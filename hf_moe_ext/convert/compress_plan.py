@@ -54,6 +54,13 @@ class CompressPlan:
         """Whether the source has the names of our families on disk."""
         return bool(self.config.model_type.endswith("_ext"))
 
+    def count_bytes(self, layer: int, matrix: str, encoding: Encoding) -> tuple[int, int]:
+        """Bytes of one matrix of all experts of a layer: as it is, and as base and deltas."""
+        rows, cols = self.experts.shapes[matrix]
+        dtype, num_experts = self.experts.dtype(layer), self.experts.num_experts
+        one = rows * cols * dtype.itemsize
+        return num_experts * one, one + num_experts * encoding.count_bytes((rows, cols), dtype)
+
 
 def plan_compression(model: str | os.PathLike[str], parent: str | os.PathLike[str] | None, base: str) -> CompressPlan:
     """Check a request against the configurations and the tensors' shapes.

@@ -9,7 +9,9 @@
 """
 
 import re
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from hf_moe_ext.convert.expert_layout import LAYER_PREFIX
@@ -70,6 +72,15 @@ class ExpertMatrices:
     def names(self, layer: int) -> list[str]:
         """Names of the tensors that hold a layer's experts."""
         return [name for key, name in (*self._single.items(), *self._stacked.items()) if key[0] == layer]
+
+    def dtype(self, layer: int) -> torch.dtype:
+        """What a layer's experts are stored as."""
+        return self.reader.places[self.names(layer)[0]].dtype
+
+    def read_all(self, layer: int, matrix: str) -> Iterator[Tensor]:
+        """The matrix of each expert in turn."""
+        for expert in range(self.num_experts):
+            yield self.read(layer, matrix, expert)
 
     def read(self, layer: int, matrix: str, expert: int) -> Tensor:
         """One matrix [rows, cols], in the type it is stored in, in memory of its own."""
