@@ -38,12 +38,26 @@ the first configuration is made (see ``hf_moe_ext/registry.py`` on why not in on
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_moe_ext.models.configuration import MixtralExtConfig, OlmoeExtConfig
+from hf_moe_ext.models.configuration import MixtralExtConfig, OlmoeExtConfig, Qwen3MoeExtConfig
 
 if TYPE_CHECKING:
-    from hf_moe_ext.models.modeling import MixtralExtForCausalLM, MixtralExtModel, OlmoeExtForCausalLM, OlmoeExtModel
+    from hf_moe_ext.models.modeling import (
+        MixtralExtForCausalLM,
+        MixtralExtModel,
+        OlmoeExtForCausalLM,
+        OlmoeExtModel,
+        Qwen3MoeExtForCausalLM,
+        Qwen3MoeExtModel,
+    )
 
-_MODELING = ("MixtralExtForCausalLM", "MixtralExtModel", "OlmoeExtForCausalLM", "OlmoeExtModel")
+_MODELING = (
+    "MixtralExtForCausalLM",
+    "MixtralExtModel",
+    "OlmoeExtForCausalLM",
+    "OlmoeExtModel",
+    "Qwen3MoeExtForCausalLM",
+    "Qwen3MoeExtModel",
+)
 __all__ = [
     "MixtralExtConfig",
     "MixtralExtForCausalLM",
@@ -51,6 +65,9 @@ __all__ = [
     "OlmoeExtConfig",
     "OlmoeExtForCausalLM",
     "OlmoeExtModel",
+    "Qwen3MoeExtConfig",
+    "Qwen3MoeExtForCausalLM",
+    "Qwen3MoeExtModel",
 ]
 
 

@@ -60,6 +60,7 @@ def check_distribution(
         return  # Transformers distributes nothing
     _check_sizes(layout, bool(given.get("enable_expert_parallel")), num_processes)
     if layout.ep_size > 1:
+        _refuse_shared_base(config, layout.ep_size)
         _check_implementation(layout, experts_implementation or config._experts_implementation)
     model = _outline(config, model_class, experts_implementation)
     plans = {name: _resolve(model, name, getattr(layout, name)) for name in ("ep_plan", "tp_plan", "fsdp_plan")}
@@ -115,6 +116,16 @@ def _check_sizes(layout: Any, flagged: bool, num_processes: int | None) -> None:
     ]
     if idle and layout.ep_size == 1:
         logger.warning(f"{' and '.join(idle)}: no effect, because ep_size is 1; write ep_size to shard the experts")
+
+
+def _refuse_shared_base(config: Any, ep_size: int) -> None:
+    layers = [layer for layer, block in enumerate(getattr(config, "moe_blocks", ())) if block == "ders"]
+    if layers:
+        raise ValueError(
+            f"ep_size={ep_size}: the experts of layer {layers[0]} (moe_block='ders') share a base that every rank needs, and "
+            "their deltas are light, so there is nothing to gain from spreading them; write fsdp_size for the same number of "
+            "processes, which shards base and deltas alike, and leave ep_size out"
+        )
 
 
 def _check_implementation(layout: Any, experts_implementation: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_moe_ext.host.families import router_normalizes
+from hf_moe_ext.host.families import expert_width, router_normalizes
 from hf_moe_ext.mup.roles import FOLDED, MULTIPLIER, MUP, NONE, SIMPLEP
 
 PARAMETRISATIONS = (NONE, SIMPLEP, MUP)
@@ -36,7 +36,7 @@ def resolve_parametrisation(config: Any) -> None:
     head_dim = read_head_dim(config)
     ratio = config.hidden_size / config.mup_base_hidden_size
     if config.mup_base_intermediate_size is None:
-        config.mup_base_intermediate_size = _plain(config.intermediate_size / ratio)
+        config.mup_base_intermediate_size = _plain(expert_width(config) / ratio)
     if config.mup_base_head_dim is None:
         config.mup_base_head_dim = head_dim
     if config.mup_base_latent_size is None and config.moe_latent_size is not None:

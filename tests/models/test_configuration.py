@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig
-from hf_moe_ext.models.configuration import equal_expert_width
+from hf_moe_ext.models.dcca_keys import equal_expert_width
 from support.latent_models import BLOCKS, FAMILIES, make_config, make_model
 
 DCCA = {"moe_block": "dcca"}
