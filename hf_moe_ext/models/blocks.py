@@ -52,6 +52,7 @@ def make_ders_experts(config: Any, layer: int) -> DersExperts:
         **numbers,
         group_size=config.ders_group_size,
         seed=config.ders_seed,
+        stored_positions=config.ders_stored_positions,
         layer=layer,
         forward_path=config.ders_forward,
         hold_positions=config.ders_hold_positions,
