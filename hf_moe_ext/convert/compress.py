@@ -90,7 +90,7 @@ def compress(
         max_loss: refuse a rise of the loss above this, nats per token; needs calibration.
         dry_run: measure, choose and report; write nothing.
         overwrite: replace an existing output folder.
-        max_shard_bytes: largest safetensors file. Default: the largest stack, at most 5 GB.
+        max_shard_bytes: largest safetensors file. Default: half the largest stack, at most 5 GB.
 
     Returns:
         The report, which is also in the output folder.
@@ -120,7 +120,7 @@ def compress(
     report.largest_stack_bytes = max(
         plan.experts.stack_bytes(), *(place.num_bytes for place in plan.reader.places.values())
     )
-    shard_bytes = min(DEFAULT_SHARD_BYTES, report.largest_stack_bytes) if max_shard_bytes is None else max_shard_bytes
+    shard_bytes = min(DEFAULT_SHARD_BYTES, report.largest_stack_bytes // 2 + 1) if max_shard_bytes is None else max_shard_bytes
     encodings = {matrix: encoding.fill_in(shape) for matrix, shape in plan.experts.shapes.items()}
     bases = LayerBases(plan, base)
     budgeted = target_bytes is not None or max_error is not None

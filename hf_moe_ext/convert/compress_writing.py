@@ -9,10 +9,12 @@ from torch import Tensor
 from hf_moe_ext.convert.checkpoint import CheckpointWriter
 from hf_moe_ext.convert.compress_measure import (
     divide,
+    give_back_memory,
     input_moments,
     mean_distance,
     measure_matrix,
     sample_rows,
+    squared_output,
 )
 from hf_moe_ext.convert.compress_plan import CompressPlan
 from hf_moe_ext.convert.compress_rates import Chosen, Measured, Place
@@ -22,9 +24,8 @@ from hf_moe_ext.convert.delta_encoding import RANDOM_DROP, Encoding
 from hf_moe_ext.convert.expert_layout import LAYER_PREFIX, stock_expert_name, stock_tensors
 from hf_moe_ext.convert.expert_matrices import MATRICES, parent_name
 from hf_moe_ext.ders.delta_state import stack_deltas
-from hf_moe_ext.ops.delta_measures import form_delta, merge_out, output_norm
+from hf_moe_ext.ops.delta_measures import form_delta, merge_out
 from hf_moe_ext.ops.delta_positions import MaskStream
-from hf_moe_ext.ops.deltas import Delta
 
 
 class LayerBases:
@@ -80,6 +81,7 @@ def measure_all(
                 layer, matrix, experts, plan.experts.num_experts, bases.start(layer, matrix),
                 read_moments(plan, layer, matrix), asked,
             )  # fmt: skip
+            give_back_memory()
             measured[layer, matrix] = Measured(measures, tuple(asked))
     return measured
 
@@ -156,12 +158,14 @@ class _LayerWriter:
             base, ratio = self.bases.final(layer, matrix, encoding)
             if ratio is not None:
                 self.report.base_errors[f"{layer}.{matrix}"] = ratio
-            codes = self._encode(layer, matrix, encoding, base, rows[layer, matrix])
+            state = self._encode(layer, matrix, encoding, base, rows[layer, matrix])
+            give_back_memory()
             if self.export is not None:
                 continue
-            for part, tensor in stack_deltas(codes).items():
+            while state:
+                part, tensor = state.popitem()
                 self.writer.write(f"{prefix}delta_{matrix}_{part}", tensor)
-            del codes
+                del tensor
             if matrix == "gate":
                 first = base
             elif matrix == "up":
@@ -172,9 +176,10 @@ class _LayerWriter:
 
     def _encode(
         self, layer: int, matrix: str, encoding: Encoding, base: Tensor, row: MatrixReport
-    ) -> list[Delta]:
-        """Codes of all experts, none where ordinary experts are written; completes the row."""
-        plan, codes, samples, squared = self.plan, [], [], 0.0
+    ) -> dict[str, Tensor]:
+        """State of all experts' deltas, empty where ordinary experts are written; completes the row."""
+        plan, samples, squared = self.plan, [], 0.0
+        state: dict[str, Tensor] = {}
         moments = read_moments(plan, layer, matrix)
         num_experts = plan.experts.num_experts
         for number, expert in enumerate(plan.experts.read_all(layer, matrix)):
@@ -187,9 +192,13 @@ class _LayerWriter:
                 self.writer.write(stock_expert_name(layer, number, f"{matrix}_proj", plan.family), merged)
                 decoded = form_delta(merged, base)
             else:
-                codes.append(code)
+                # Straight into their place: a list of all codes and their stack would be the deltas twice.
+                for part, tensor in stack_deltas([code]).items():
+                    if number == 0:
+                        state[part] = tensor.new_empty(num_experts, *tensor.shape[1:])
+                    state[part][number] = tensor[0]
             samples.append(sample_rows(base, num_experts) + sample_rows(decoded, num_experts))
-            error = output_norm(decoded.sub_(delta), moments) ** 2
-            squared += divide(error, output_norm(expert, moments) ** 2) / num_experts
+            error = squared_output(decoded.sub_(delta), moments)
+            squared += divide(error, squared_output(expert, moments)) / num_experts
         row.output_error, row.distance_after = squared**0.5, mean_distance(samples)
-        return codes
+        return state

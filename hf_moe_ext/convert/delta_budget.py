@@ -9,6 +9,9 @@ on, which can cost a little error and never breaks the budget.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 # Totals kept after each matrix. Exact as long as there are no more, as in models of a few matrices.
 MAX_TOTALS = 2048
 
@@ -23,13 +26,6 @@ class Option(NamedTuple):
 
     num_bytes: int
     error: float
-
-
-class _Total(NamedTuple):
-    num_bytes: int
-    error: float
-    choice: int
-    before: "_Total | None"
 
 
 def choose_within_bytes(matrices: Sequence[Sequence[Option]], num_bytes: int, max_totals: int = MAX_TOTALS) -> list[int]:
@@ -49,22 +45,22 @@ def choose_within_bytes(matrices: Sequence[Sequence[Option]], num_bytes: int, ma
     least = smallest_bytes(matrices)
     if least > num_bytes:
         raise ValueError(f"target of {num_bytes:,} bytes for the deltas: the smallest they can be is {least:,}")
-    totals: list[_Total] = [_Total(0, 0.0, -1, None)]
+    sizes, errors = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     left = least
+    trail: list[tuple[Tensor, Tensor]] = []
     for options in matrices:
         left -= min(option.num_bytes for option in options)
-        grown = [
-            _Total(total.num_bytes + option.num_bytes, total.error + option.error, index, total)
-            for total in totals
-            for index, option in enumerate(options)
-            if total.num_bytes + option.num_bytes + left <= num_bytes
-        ]
-        totals = _thin(_undominated(grown), max_totals)
-    best: _Total | None = min(totals, key=lambda total: (total.error, total.num_bytes))
-    chosen = []
-    while best is not None and best.before is not None:
-        chosen.append(best.choice)
-        best = best.before
+        grown_sizes = (sizes[:, None] + torch.tensor([option.num_bytes for option in options])).reshape(-1)
+        grown_errors = (errors[:, None] + torch.tensor([option.error for option in options], dtype=torch.float64)).reshape(-1)
+        kept = _undominated(grown_sizes, grown_errors, num_bytes - left)
+        kept = kept[_thin(grown_sizes[kept], max_totals)]
+        sizes, errors = grown_sizes[kept], grown_errors[kept]
+        trail.append((kept // len(options), kept % len(options)))
+    # Ascending in bytes and falling in error: the last is the best.
+    place, chosen = len(sizes) - 1, []
+    for before, choice in reversed(trail):
+        chosen.append(int(choice[place]))
+        place = int(before[place])
     return chosen[::-1]
 
 
@@ -89,21 +85,23 @@ def smallest_bytes(matrices: Sequence[Sequence[Option]]) -> int:
     return sum(min(option.num_bytes for option in options) for options in matrices)
 
 
-def _undominated(totals: list[_Total]) -> list[_Total]:
-    """Those that no other beats in bytes and in error, ascending in bytes."""
-    kept: list[_Total] = []
-    for total in sorted(totals, key=lambda total: (total.num_bytes, total.error)):
-        if not kept or total.error < kept[-1].error:
-            kept.append(total)
-    return kept
+def _undominated(sizes: Tensor, errors: Tensor, most: int) -> Tensor:
+    """Places of those of at most ``most`` bytes that no other beats in bytes and error, ascending in bytes."""
+    order = errors.argsort(stable=True)
+    order = order[sizes[order].argsort(stable=True)]
+    order = order[sizes[order] <= most]
+    least = errors[order].cummin(0).values
+    better = torch.ones_like(order, dtype=torch.bool)
+    better[1:] = errors[order][1:] < least[:-1]
+    return order[better]
 
 
-def _thin(totals: list[_Total], max_totals: int) -> list[_Total]:
-    """The smallest, and the most exact in each of ``max_totals`` - 1 equal ranges of bytes."""
-    if len(totals) <= max_totals:
-        return totals
-    first, last = totals[0].num_bytes, totals[-1].num_bytes
-    best = {(total.num_bytes - first) * (max_totals - 1) // (last - first + 1): total for total in totals}
-    # Ascending in bytes and so falling in error: the last of a range is its most exact. The smallest leaves most for the
-    # matrices to come.
-    return list(dict.fromkeys([totals[0], *best.values()]))
+def _thin(sizes: Tensor, max_totals: int) -> Tensor:
+    """Of totals ascending in bytes the smallest, and the most exact (the last) in each of as many equal ranges of bytes."""
+    if len(sizes) <= max_totals:
+        return torch.arange(len(sizes))
+    part = (sizes - sizes[0]) * (max_totals - 1) // (sizes[-1] - sizes[0] + 1)
+    last = torch.ones_like(part, dtype=torch.bool)
+    last[:-1] = part[1:] != part[:-1]
+    last[0] = True
+    return last.nonzero()[:, 0]
