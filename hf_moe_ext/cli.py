@@ -399,7 +399,9 @@ def write_transfer(
 
 @app.command("compress", short_help="Store the experts of an upcycled MoE as one shared base and light deltas.")
 def compress_experts(
-    moe: Annotated[str, typer.Argument(help="Folder or Hub id: mixtral, olmoe, qwen3_moe, or *_ext of standard blocks.")],
+    moe: Annotated[
+        str, typer.Argument(help="Folder or Hub id: mixtral, olmoe, qwen3_moe, or *_ext of standard blocks.")
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
     parent: Annotated[str | None, typer.Option(help="The dense model whose FFN the experts were copied from.")] = None,
     base: Annotated[

@@ -120,7 +120,9 @@ def compress(
     report.largest_stack_bytes = max(
         plan.experts.stack_bytes(), *(place.num_bytes for place in plan.reader.places.values())
     )
-    shard_bytes = min(DEFAULT_SHARD_BYTES, report.largest_stack_bytes // 2 + 1) if max_shard_bytes is None else max_shard_bytes
+    shard_bytes = (
+        min(DEFAULT_SHARD_BYTES, report.largest_stack_bytes // 2 + 1) if max_shard_bytes is None else max_shard_bytes
+    )
     encodings = {matrix: encoding.fill_in(shape) for matrix, shape in plan.experts.shapes.items()}
     bases = LayerBases(plan, base)
     budgeted = target_bytes is not None or max_error is not None
@@ -168,7 +170,9 @@ def _check_request(
     if export not in (None, "stock"):
         raise ValueError(f"export must be 'stock' or None, got {export!r}")
     if export == "stock" and target_bytes is not None:
-        raise ValueError("export='stock' writes ordinary experts, which take the bytes they took; leave target_bytes out")
+        raise ValueError(
+            "export='stock' writes ordinary experts, which take the bytes they took; leave target_bytes out"
+        )
     if base == "least_squares" and encoding.method == "random_drop":
         raise ValueError(
             "base='least_squares' with encode='random_drop': its expected error is least at the mean; write base='mean', or "
@@ -216,7 +220,9 @@ def _judge(chosen: Chosen, report: CompressReport, min_cosine: float, force: boo
             else "a MoE trained from scratch does not fit this method; give its dense parent if it has one"
         )
         if not force:
-            raise ValueError(f"{reason}. {advice[0].upper()}{advice[1:]}, or write force (--force) to do it all the same")
+            raise ValueError(
+                f"{reason}. {advice[0].upper()}{advice[1:]}, or write force (--force) to do it all the same"
+            )
         _warn(report, reason)
     if base != "parent":
         norms = [row.relative_norm for row in report.matrices]

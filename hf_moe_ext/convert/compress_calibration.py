@@ -106,9 +106,13 @@ def _read_line(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"calibration: line {number} of {path} is no JSON ({error}); write one object per line") from error
+        raise ValueError(
+            f"calibration: line {number} of {path} is no JSON ({error}); write one object per line"
+        ) from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise ValueError(f'calibration: line {number} of {path} must be an object with a string "text"; got {line[:60]!r}')
+        raise ValueError(
+            f'calibration: line {number} of {path} must be an object with a string "text"; got {line[:60]!r}'
+        )
     return entry["text"], str(entry.get("slice", "-"))
 
 

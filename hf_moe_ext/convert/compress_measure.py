@@ -81,6 +81,7 @@ def measure_matrix(
             output = squared_output(expert, moments)
             added = squared_errors(form_delta(expert, base), encodings, moments)
             errors = [error + divide(each, output) / num_experts for error, each in zip(errors, added, strict=True)]
+        give_back_memory()
     distance = mean_distance(samples)
     return MatrixMeasures(layer, matrix, tuple(cosines), tuple(norms), tuple(errors), distance)
 
@@ -101,7 +102,9 @@ def measure_closeness(expert: Tensor, base: Tensor) -> DeltaMeasures:
         check_matrix("expert", expert)
         check_matrix("base", base)
     if of_base == 0:
-        raise ValueError("base is zero everywhere, so cosine and relative norm mean nothing; it is not a trained matrix")
+        raise ValueError(
+            "base is zero everywhere, so cosine and relative norm mean nothing; it is not a trained matrix"
+        )
     cosine = product / math.sqrt(of_base * of_expert) if of_expert else 0.0
     return DeltaMeasures(cosine, math.sqrt(of_delta / of_base))
 
@@ -125,9 +128,7 @@ def sample_rows(matrix: Tensor, num_experts: int) -> Tensor:
 
 def mean_distance(matrices: Sequence[Tensor]) -> float:
     """Mean over pairs of ``||W_i - W_j||``, over the mean ``||W_i||``; 0 for one matrix."""
-    pairs = [
-        float((left - right).norm()) for i, left in enumerate(matrices) for right in matrices[i + 1 :]
-    ]
+    pairs = [float((left - right).norm()) for i, left in enumerate(matrices) for right in matrices[i + 1 :]]
     norm = sum(float(matrix.norm()) for matrix in matrices) / len(matrices)
     return divide(sum(pairs) / len(pairs), norm) if pairs else 0.0
 

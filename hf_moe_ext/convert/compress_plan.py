@@ -132,7 +132,9 @@ def stock_config(plan: CompressPlan) -> Any:
     stock = STOCK[plan.family]
     if plan.is_ext:
         others = sorted(set(_blocks(plan.config)) - {"standard"})
-        scaled = [name for name, idle in _MULTIPLIERS.items() if getattr(plan.config, name, idle) not in (idle, 1.0, None)]
+        scaled = [
+            name for name, idle in _MULTIPLIERS.items() if getattr(plan.config, name, idle) not in (idle, 1.0, None)
+        ]
         if others or scaled:
             what = f"moe_block={others[0]!r}" if others else f"{scaled[0]}={getattr(plan.config, scaled[0])}"
             raise ValueError(
@@ -171,13 +173,13 @@ def _standard_layers(model: Any, config: Any) -> list[int]:
         )
     layers = [layer for layer, block in enumerate(blocks) if block == "standard"]
     if not layers:
-        raise ValueError(f"{model} has no standard MoE block, only {', '.join(sorted(set(blocks)))}; nothing to compress")
+        raise ValueError(
+            f"{model} has no standard MoE block, only {', '.join(sorted(set(blocks)))}; nothing to compress"
+        )
     return layers
 
 
-def _check_parent(
-    parent: str | os.PathLike[str], config: Any, family: str, experts: ExpertMatrices
-) -> StreamingReader:
+def _check_parent(parent: str | os.PathLike[str], config: Any, family: str, experts: ExpertMatrices) -> StreamingReader:
     folder = locate_checkpoint(parent)
     theirs = read_config(parent, folder)
     if theirs.model_type not in _PARENTS[family]:
@@ -206,7 +208,9 @@ def _check_parent(
         for matrix, shape in experts.shapes.items():
             name = parent_name(layer, matrix)
             if name not in reader:
-                raise ValueError(f"parent {parent} has no {name}; it is incomplete, or no dense {theirs.model_type} model")
+                raise ValueError(
+                    f"parent {parent} has no {name}; it is incomplete, or no dense {theirs.model_type} model"
+                )
             if reader.shape(name) != shape:
                 raise ValueError(f"parent {parent}: {name} is {reader.shape(name)}, an expert's is {shape}")
     return reader

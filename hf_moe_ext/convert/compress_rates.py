@@ -114,7 +114,7 @@ def predict_file_bytes(plan: CompressPlan, chosen: Chosen, export: str | None, s
 
 def find_waste(plan: CompressPlan, chosen: Chosen) -> list[str]:
     """A sentence for each encoding that takes more bytes than it saves, with the rate from which on it does not."""
-    sentences = {}
+    sentences: dict[str, str] = {}
     for (layer, matrix), encoding in chosen.encodings.items():
         before, after = plan.count_bytes(layer, matrix, encoding)
         if after < before:

@@ -112,7 +112,9 @@ class CompressReport:
 
     def write(self, folder: Path) -> None:
         """Leave the report beside the weights."""
-        (folder / REPORT_FILE).write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(
+            json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
     def as_text(self) -> str:
         """The same to read: a row for each matrix, then the sums."""

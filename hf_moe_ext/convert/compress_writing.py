@@ -200,5 +200,7 @@ class _LayerWriter:
             samples.append(sample_rows(base, num_experts) + sample_rows(decoded, num_experts))
             error = squared_output(decoded.sub_(delta), moments)
             squared += divide(error, squared_output(expert, moments)) / num_experts
+            del expert, delta, decoded, code
+            give_back_memory()
         row.output_error, row.distance_after = squared**0.5, mean_distance(samples)
         return state

@@ -114,7 +114,11 @@ def diff_checkpoints(
 
 
 def apply_delta(
-    base: str | os.PathLike[str], delta: str | os.PathLike[str], output: str | os.PathLike[str], *, overwrite: bool = False
+    base: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
 ) -> DeltaReport:
     """Write the new checkpoint from its base and a delta, in the shards of the base; the base stays as it is.
 
@@ -129,7 +133,11 @@ def apply_delta(
 
 
 def revert_delta(
-    new: str | os.PathLike[str], delta: str | os.PathLike[str], output: str | os.PathLike[str], *, overwrite: bool = False
+    new: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
 ) -> DeltaReport:
     """Write the base back from the new checkpoint and a delta; what ``apply_delta`` wrote gives the base's files back.
 
@@ -271,6 +279,4 @@ def _report(
 ) -> DeltaReport:
     labels = [change.label for change in description.changes]
     size = (delta / "delta.safetensors").stat().st_size
-    return DeltaReport(
-        str(target), labels, len(reader.names), size, reader.file_bytes, description.lossless, files
-    )
+    return DeltaReport(str(target), labels, len(reader.names), size, reader.file_bytes, description.lossless, files)

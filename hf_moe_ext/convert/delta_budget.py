@@ -28,7 +28,9 @@ class Option(NamedTuple):
     error: float
 
 
-def choose_within_bytes(matrices: Sequence[Sequence[Option]], num_bytes: int, max_totals: int = MAX_TOTALS) -> list[int]:
+def choose_within_bytes(
+    matrices: Sequence[Sequence[Option]], num_bytes: int, max_totals: int = MAX_TOTALS
+) -> list[int]:
     """One option of each matrix, so that the sum of errors is least and the sum of bytes at most ``num_bytes``.
 
     Args:
@@ -51,7 +53,9 @@ def choose_within_bytes(matrices: Sequence[Sequence[Option]], num_bytes: int, ma
     for options in matrices:
         left -= min(option.num_bytes for option in options)
         grown_sizes = (sizes[:, None] + torch.tensor([option.num_bytes for option in options])).reshape(-1)
-        grown_errors = (errors[:, None] + torch.tensor([option.error for option in options], dtype=torch.float64)).reshape(-1)
+        grown_errors = (
+            errors[:, None] + torch.tensor([option.error for option in options], dtype=torch.float64)
+        ).reshape(-1)
         kept = _undominated(grown_sizes, grown_errors, num_bytes - left)
         kept = kept[_thin(grown_sizes[kept], max_totals)]
         sizes, errors = grown_sizes[kept], grown_errors[kept]
@@ -75,7 +79,9 @@ def choose_within_error(matrices: Sequence[Sequence[Option]], error: float) -> l
         fitting = [i for i, option in enumerate(options) if option.error <= error]
         if not fitting:
             least = min(option.error for option in options)
-            raise ValueError(f"matrix {number}: no option has an error of at most {error:.4g}; the smallest is {least:.4g}")
+            raise ValueError(
+                f"matrix {number}: no option has an error of at most {error:.4g}; the smallest is {least:.4g}"
+            )
         chosen.append(min(fitting, key=lambda i: (options[i].num_bytes, options[i].error)))
     return chosen
 

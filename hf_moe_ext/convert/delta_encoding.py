@@ -55,7 +55,9 @@ class Encoding:
         form = self.form
         for name, wanted in (("drop_rate", "sparse"), ("rank", "low_rank")):
             if getattr(self, name) is not None and form != wanted:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect with encode={self.method!r}; leave it out")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with encode={self.method!r}; leave it out"
+                )
         if self.drop_rate is not None:
             check_drop_rate(self.drop_rate)
         if self.bits is not None:
@@ -86,7 +88,9 @@ class Encoding:
         filled = replace(self, drop_rate=_DEFAULT_DROP_RATE if self.drop_rate is None else self.drop_rate)
         assert filled.drop_rate is not None
         if count_kept(shape[0] * shape[1], filled.drop_rate) == 0:
-            raise ValueError(f"drop_rate={filled.drop_rate} keeps no entry of a {shape[0]} x {shape[1]} matrix; lower it")
+            raise ValueError(
+                f"drop_rate={filled.drop_rate} keeps no entry of a {shape[0]} x {shape[1]} matrix; lower it"
+            )
         return filled
 
     def grid(self, shape: tuple[int, int]) -> list["Encoding"]:
@@ -106,8 +110,8 @@ class Encoding:
             return low_rank_from_svd(delta, self.rank, dtype)
         if self.method == QUANTIZE:
             assert self.bits is not None
-            code = quantize(delta.to(dtype) if self.bits == 16 else delta, self.bits, self.group_size)
-            return replace(code, dtype=dtype)
+            quantized = quantize(delta.to(dtype) if self.bits == 16 else delta, self.bits, self.group_size)
+            return replace(quantized, dtype=dtype)
         assert self.drop_rate is not None
         if self.method == RANDOM_DROP:
             sparse = drop_at_random(delta, self.drop_rate, stream, rescale=True, exact=True)

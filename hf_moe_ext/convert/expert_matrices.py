@@ -62,7 +62,7 @@ class ExpertMatrices:
                 self._single[int(found[1]), _ROLES[found[3]], int(found[2])] = name
             elif found := _STACKED.fullmatch(name):
                 self._stacked[int(found[1]), found[2]] = name
-        present = sorted({layer for layer, *_ in (*self._single, *self._stacked)})
+        present: list[int] = sorted({key[0] for key in self._single} | {key[0] for key in self._stacked})
         self.layers = present if layers is None else [layer for layer in present if layer in layers]
         if not self.layers:
             raise ValueError(f"checkpoint {reader.folder} has no experts' matrices (mlp.experts.*) to compress")
@@ -71,7 +71,8 @@ class ExpertMatrices:
 
     def names(self, layer: int) -> list[str]:
         """Names of the tensors that hold a layer's experts."""
-        return [name for key, name in (*self._single.items(), *self._stacked.items()) if key[0] == layer]
+        single = [name for key, name in self._single.items() if key[0] == layer]
+        return single + [name for key, name in self._stacked.items() if key[0] == layer]
 
     def dtype(self, layer: int) -> torch.dtype:
         """What a layer's experts are stored as."""

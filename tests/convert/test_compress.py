@@ -100,7 +100,9 @@ def test_every_encoding_opens_and_is_as_near_as_reported(tmp_path: Path, keys: d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_else_keeps_its_bytes_and_bytes_are_counted(tmp_path: Path, dtype: torch.dtype) -> None:
     save_pair(tmp_path, dtype=dtype)
-    report = compress(tmp_path / "moe", tmp_path / "out", parent=tmp_path / "dense", drop_rate=0.7, max_shard_bytes=10**9)
+    report = compress(
+        tmp_path / "moe", tmp_path / "out", parent=tmp_path / "dense", drop_rate=0.7, max_shard_bytes=10**9
+    )
     before, after = load_file(tmp_path / "moe/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     others = {name for name in before if ".experts." not in name}
     for name in others:
@@ -187,10 +189,12 @@ def test_refuses_experts_that_share_no_base(tmp_path: Path) -> None:
         moe.model.layers[1].mlp.experts.down_proj[2].normal_(std=0.15)
     moe.save_pretrained(tmp_path / "moe")
     keys = {"parent": tmp_path / "dense", **LOSSLESS}
-    words = r"layer 1, down of expert 2 has cosine -?0\.0\d+ to the parent's matrix .*below min_cosine=0.9, as have 1 of 6"
+    words = (
+        r"layer 1, down of expert 2 has cosine -?0\.0\d+ to the parent's matrix .*below min_cosine=0.9, as have 1 of 6"
+    )
     with pytest.raises(ValueError, match=words):
         compress(tmp_path / "moe", tmp_path / "out", **keys)
-    with pytest.raises(ValueError, match="the experts' mean .* A MoE trained from scratch does not fit"):
+    with pytest.raises(ValueError, match=r"the experts' mean .* A MoE trained from scratch does not fit"):
         compress(tmp_path / "moe", tmp_path / "out", base="mean", **LOSSLESS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
     report = compress(tmp_path / "moe", tmp_path / "out", force=True, **keys)
@@ -237,7 +241,7 @@ def test_parent_of_another_architecture_or_training(tmp_path: Path) -> None:
         for parameter in other.parameters():
             parameter.normal_(std=0.15)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="below min_cosine=0.9, as have 6 of 6 matrices"):
+    with pytest.raises(ValueError, match=r"below min_cosine=0.9, as have 6 of 6 matrices"):
         compress(tmp_path / "moe", tmp_path / "out", parent=tmp_path / "other")
 
 
@@ -375,7 +379,7 @@ def test_killed_while_writing_then_again(tmp_path: Path) -> None:
 
 def test_other_families_and_blocks_are_refused(tmp_path: Path) -> None:
     save_pair(tmp_path)
-    with pytest.raises(ValueError, match="compress takes mixtral, mixtral_ext, .* has model_type 'llama'"):
+    with pytest.raises(ValueError, match=r"compress takes mixtral, mixtral_ext, .* has model_type 'llama'"):
         compress(tmp_path / "dense", tmp_path / "out", base="mean")
     compress(tmp_path / "moe", tmp_path / "once", parent=tmp_path / "dense")
     with pytest.raises(ValueError, match="moe_block='ders' already"):

@@ -124,7 +124,7 @@ def test_a_wrong_base_is_refused_by_hash(pair: tuple[Path, Path], tmp_path: Path
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 0] += 1
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="embed_tokens.weight has another hash"):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has another hash"):
         apply_delta(tmp_path / "other", tmp_path / "delta", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,10 +17,10 @@ def read_kib(field: str) -> int:
 
 
 def main(folder: Path, keys: dict) -> None:
-    from hf_moe_ext.convert import compress
-
     # Whatever is loaded on first use: a linear algebra library, activation tables, configurations.
     import torch
+
+    from hf_moe_ext.convert import compress
 
     torch.linalg.svd(torch.randn(64, 64))
     compress(folder / "warm" / "moe", folder / "warm_out", parent=folder / "warm" / "dense", overwrite=True, **keys)
