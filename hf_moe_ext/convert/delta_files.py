@@ -127,7 +127,7 @@ def hash_tensor(reader: StreamingReader, name: str) -> str:
 
 def to_bytes(tensor: Tensor) -> memoryview:
     """Its bytes as they are stored."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def pack_xor(before: Tensor, after: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def pack_xor(before: Tensor, after: Tensor) -> Tensor:
     width = before.element_size()
     bits = _as_bytes(before) ^ _as_bytes(after)
     ordered = bits.view(-1, width).T.contiguous()
-    return torch.frombuffer(bytearray(zlib.compress(memoryview(ordered.numpy()), 1)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(zlib.compress(ordered.numpy().tobytes(), 1)), dtype=torch.uint8)
 
 
 def unpack_xor(packed: Tensor, tensor: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def unpack_xor(packed: Tensor, tensor: Tensor) -> Tensor:
         ValueError: it is not of a tensor of this size.
     """
     try:
-        content = bytearray(zlib.decompress(memoryview(packed.numpy())))
+        content = bytearray(zlib.decompress(packed.numpy().tobytes()))
     except zlib.error as error:
         raise ValueError(f"delta is damaged ({error}); write it again") from error
     given = _as_bytes(tensor)

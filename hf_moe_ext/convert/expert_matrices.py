@@ -124,13 +124,13 @@ class ExpertMatrices:
                     "checkpoint in full precision it was made from"
                 )
 
-    def _find(self, names: dict, key: tuple) -> str:  # type: ignore[type-arg]
+    def _find(self, names: dict, key: tuple) -> str:
         if key not in names:
             raise ValueError(
                 f"layer {key[0]} of {self.reader.folder} has no {' of expert '.join(map(str, key[1:]))}; the checkpoint is "
                 "incomplete, download it again"
             )
-        return names[key]  # type: ignore[no-any-return]
+        return names[key]
 
 
 def parent_name(layer: int, matrix: str) -> str:
