@@ -1,6 +1,7 @@
 """The ``hf-moe`` command. Every command imports its feature inside, so that ``--help`` and ``--version`` stay quick."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -395,6 +396,131 @@ def write_transfer(
         typer.echo(f"hf-moe transfer: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else format_report(result, output))
+
+
+@app.command("compress", short_help="Store the experts of an upcycled MoE as one shared base and light deltas.")
+def compress_experts(
+    moe: Annotated[
+        str, typer.Argument(help="Folder or Hub id: mixtral, olmoe, qwen3_moe, or *_ext of standard blocks.")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+    parent: Annotated[str | None, typer.Option(help="The dense model whose FFN the experts were copied from.")] = None,
+    base: Annotated[
+        Literal["parent", "mean", "least_squares"], typer.Option(help="What the experts share; parent needs --parent.")
+    ] = "parent",
+    encode: Annotated[
+        Literal["random_drop", "magnitude_drop", "svd", "quantize"], typer.Option(help="How deltas are stored.")
+    ] = "random_drop",
+    drop_rate: Annotated[float | None, typer.Option(help="Share of a delta that is dropped. [default: 0.6]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of svd. [default: an eighth of the smaller dimension]")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Of quantize (default 4), or of a drop's values. [default: as they are]")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Entries that share a scale.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of random positions.")] = 0,
+    target_bytes: Annotated[int | None, typer.Option(help="Size of the files; chooses a rate for each matrix.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Relative output error of any matrix; chooses a rate for each.")
+    ] = None,
+    min_cosine: Annotated[float, typer.Option(help="Refuse experts less close to the base than this.")] = 0.9,
+    force: Annotated[bool, typer.Option("--force", help="Go on with experts that are further away.")] = False,
+    export: Annotated[Literal["stock"] | None, typer.Option(help="Write ordinary experts instead.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text (JSONL with text and slice, text file, folder) to measure perplexity on.")
+    ] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Refuse a larger rise of the loss, in nats per token.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, choose, print; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a trained Mixture of Experts that was made from a dense model, and tell how close it stays.
+
+    Exit code: 0 written, 2 refused.
+    """
+    from hf_moe_ext.convert import compress
+
+    try:
+        report = compress(
+            moe, output, parent=parent, base=base, encode=encode, drop_rate=drop_rate, rank=rank, bits=bits,
+            group_size=group_size, seed=seed, target_bytes=target_bytes, max_error=max_error, min_cosine=min_cosine,
+            force=force, export=export, calibration=calibration, max_loss=max_loss, dry_run=dry_run, overwrite=overwrite,
+        )  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"hf-moe compress: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
+
+
+delta_app = typer.Typer(
+    name="delta", help="Updates of a checkpoint as small files beside an untouched base.", no_args_is_help=True
+)
+app.add_typer(delta_app, short_help="Updates of a checkpoint as small files beside an untouched base.")
+_Output = Annotated[str, typer.Option("--output", "-o", help="Folder to write.")]
+
+
+@delta_app.command("diff", short_help="Write what changed between two checkpoints of one model.")
+def diff_delta(
+    base: Annotated[str, typer.Argument(help="Folder of the checkpoint that stays.")],
+    new: Annotated[str, typer.Argument(help="Folder of the other.")],
+    output: _Output,
+    encode: Annotated[
+        Literal["random_drop", "magnitude_drop", "svd", "quantize"] | None,
+        typer.Option(help="Store changed experts' matrices with loss. [default: bit for bit]"),
+    ] = None,
+    drop_rate: Annotated[float | None, typer.Option(help="Of a drop. [default: 0.6]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of svd.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Of quantize, or of a drop's values.")] = None,
+    group_size: Annotated[int, typer.Option(help="Entries that share a scale.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Write a delta folder: the tensors, and the single experts of stacks, that changed. Exit code: 0 written, 2 refused."""
+    from hf_moe_ext.convert.delta_apply import diff_checkpoints
+    from hf_moe_ext.convert.delta_encoding import Encoding
+
+    def work() -> Any:
+        if encode is None and (drop_rate, rank, bits) != (None, None, None):
+            raise ValueError("--drop-rate, --rank and --bits are of a lossy delta; name its --encode")
+        encoding = None if encode is None else Encoding(encode, drop_rate, rank, bits, group_size)
+        return diff_checkpoints(base, new, output, encoding=encoding)
+
+    _run_delta("diff", work, as_json)
+
+
+@delta_app.command("apply", short_help="Base and delta to the new checkpoint.")
+def apply_delta_folder(
+    base: Annotated[str, typer.Argument(help="Folder of the base; not touched.")],
+    delta: Annotated[str, typer.Argument(help="Delta folder.")],
+    output: _Output,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the new checkpoint; a base that is not the delta's is refused by hash. Exit code: 0 written, 2 refused."""
+    from hf_moe_ext.convert.delta_apply import apply_delta
+
+    _run_delta("apply", lambda: apply_delta(base, delta, output, overwrite=overwrite), as_json)
+
+
+@delta_app.command("revert", short_help="New checkpoint and delta back to the base, to the byte.")
+def revert_delta_folder(
+    new: Annotated[str, typer.Argument(help="Folder of the new checkpoint; not touched.")],
+    delta: Annotated[str, typer.Argument(help="Delta folder, without loss.")],
+    output: _Output,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the base back, byte for byte. Exit code: 0 written, 2 refused."""
+    from hf_moe_ext.convert.delta_apply import revert_delta
+
+    _run_delta("revert", lambda: revert_delta(new, delta, output, overwrite=overwrite), as_json)
+
+
+def _run_delta(command: str, work: Callable[[], Any], as_json: bool) -> None:
+    try:
+        report = work()
+    except (ValueError, TypeError, OSError) as error:
+        typer.echo(f"hf-moe delta {command}: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
 
 
 def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str, Any]:

@@ -65,16 +65,16 @@ class ConversionReport:
 
     def write(self, folder: Path) -> None:
         """Leave the report beside the weights."""
-        text = json.dumps(_without_infinities(self.as_dict()), indent=1, allow_nan=False)
+        text = json.dumps(without_infinities(self.as_dict()), indent=1, allow_nan=False)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _without_infinities(value: Any) -> Any:
+def without_infinities(value: Any) -> Any:
     """JSON knows no infinity and no NaN: null stands for them."""
     if isinstance(value, dict):
-        return {key: _without_infinities(each) for key, each in value.items()}
+        return {key: without_infinities(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_infinities(each) for each in value]
+        return [without_infinities(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -2,7 +2,7 @@
 
 | checkpoint | one expert's matrices (gate, up, down) | router |
 |---|---|---|
-| stock OLMoE | ``mlp.experts.N.gate_proj.weight``, ``up_proj``, ``down_proj`` | ``mlp.gate.weight`` |
+| stock OLMoE, Qwen3-MoE | ``mlp.experts.N.gate_proj.weight``, ``up_proj``, ``down_proj`` | ``mlp.gate.weight`` |
 | stock Mixtral | ``block_sparse_moe.experts.N.w1.weight``, ``w3``, ``w2`` | ``block_sparse_moe.gate.weight`` |
 | ``*_ext`` | ``mlp.experts.gate_up_proj`` [E, 2F, H] and ``down_proj`` [E, H, F], stacked | ``mlp.gate.weight`` |
 """
@@ -84,6 +84,12 @@ def stock_tensors(name: str, tensor: Tensor, model_type: str) -> Iterator[tuple[
         parts = matrix.chunk(2) if stacked == "gate_up_proj" else (matrix,)
         for role, part in zip(("gate_proj", "up_proj") if len(parts) == 2 else ("down_proj",), parts, strict=True):
             yield f"{prefix}.experts.{expert}.{roles[role]}.weight", part.clone()
+
+
+def stock_expert_name(layer: int, expert: int, role: str, model_type: str) -> str:
+    """Name of one expert's matrix ("gate_proj", "up_proj" or "down_proj") in a stock checkpoint."""
+    block, roles = _STOCK[model_type]
+    return f"{LAYER_PREFIX}{layer}.{block}.experts.{expert}.{roles[role]}.weight"
 
 
 def check_standard_block(state: dict[str, Tensor], layer: int, shapes: dict[str, tuple[int, ...]]) -> None:
