@@ -246,6 +246,7 @@ def load_start(arm: str, parent: Path, arguments: UpcycleArguments) -> tuple[Pre
 def level_experts(model: PreTrainedModel) -> bool:
     """Make a layer's experts alike: deltas to zero, full copies to their mean; False for a model without experts."""
     found = False
+    module: Any
     for module in model.modules():
         if hasattr(module, "reset_deltas"):
             module.reset_deltas()

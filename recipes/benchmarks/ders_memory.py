@@ -72,7 +72,8 @@ def measure_arm(source: Path, preset: MemoryPreset, keys: dict[str, Any]) -> dic
     `training_bytes`: weights, AdamW's moments and the peak of one step (gradients, activations, temporaries);
     `inference_bytes`: weights and the peak of one forward without a graph.
     """
-    model = AutoModelForCausalLM.from_pretrained(source, use_cache=False, **keys).to(preset.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, use_cache=False, **keys)
+    model.to(preset.device)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(preset.vocab_size, (preset.batch_size, preset.length), generator=generator).to(preset.device)
     batch = {"input_ids": ids, "labels": ids}
