@@ -354,7 +354,7 @@ def test_refuses_impossible_shapes():
         MoeShape(4, 5, 6, GroupedAttention(1, 1, 4), ())
     with pytest.raises(ValueError, match="windows must have one entry"):
         MoeShape(4, 5, 6, GroupedAttention(1, 1, 4), (ffn,), windows=(1, 2))
-    with pytest.raises(TypeError, match="intermediate_size must be an integer, got 2.5"):
+    with pytest.raises(TypeError, match=r"intermediate_size must be an integer, got 2\.5"):
         DenseFfn(2.5)
     with pytest.raises(ValueError, match="key_value_rank must be at least 1, got 0"):
         LatentAttention(1, 0, None, 1, 1, 1)
