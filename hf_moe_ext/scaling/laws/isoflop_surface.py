@@ -8,7 +8,7 @@ fitted by least squares to runs of one budget. The paper prints no values, so th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import exp, log
 
 import numpy as np
@@ -46,7 +46,6 @@ class IsoFlopSurface:
     coefficients: tuple[float, ...]
     parameter_range: tuple[float, float]
     sparsity_range: tuple[float, float]
-    _powers: None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.coefficients) != NUM_COEFFICIENTS:
@@ -60,7 +59,8 @@ class IsoFlopSurface:
         """N* at fixed S: ln N* = -B / (2 A), A = a2 + c2 y^2, B = a1 + c1 y, inside the sampled range."""
         a1, a2, _, _, c1, c2, _ = self.coefficients
         y = -log(1 - sparsity)
-        x, flags = _lowest(a2 + c2 * y * y, a1 + c1 * y, *map(log, self.parameter_range), "N")
+        low, high = self.parameter_range
+        x, flags = _lowest(a2 + c2 * y * y, a1 + c1 * y, log(low), log(high), "N")
         return SurfaceOptimum(exp(x), flags + self._outside("S", sparsity, self.sparsity_range))
 
     def best_sparsity(self, parameters: float) -> SurfaceOptimum:
@@ -116,5 +116,8 @@ def fit_surface(parameters: Sequence[float], sparsity: Sequence[float], losses: 
         raise ValueError(
             f"the runs determine {rank} of {NUM_COEFFICIENTS} coefficients; vary N at three or more sparsities"
         )
-    ranges = ((float(v.min()), float(v.max())) for v in (n, s))
-    return IsoFlopSurface(tuple(float(c) for c in solution / sizes), *ranges)
+    return IsoFlopSurface(
+        tuple(float(c) for c in solution / sizes),
+        parameter_range=(float(n.min()), float(n.max())),
+        sparsity_range=(float(s.min()), float(s.max())),
+    )
