@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from os import cpu_count
 from typing import Any
@@ -22,8 +23,9 @@ from hf_moe_ext.scaling.runs import Runs, RunsError
 
 HUBER_DELTA = 1e-3
 NUM_STARTS = 60
-MAX_ITERATIONS = 4000
+SCREENING_ITERATIONS, MAX_ITERATIONS = 300, 4000
 Array = np.ndarray
+Solution = tuple[float, Array]
 
 
 class DegenerateFitWarning(UserWarning):
@@ -42,7 +44,8 @@ class FitSettings:
         num_starts: points of the start grid, drawn with the seed; the whole grid where it is smaller.
         huber_delta: where the residual of the log-loss turns from squares to absolute values.
         ridge: weight of half the squared exponents, against collinear terms.
-        max_iterations: of L-BFGS from one start.
+        max_iterations: of L-BFGS from one start, before its memory is begun anew.
+        num_finalists: starts that are followed to the end; the others stop after ``SCREENING_ITERATIONS``.
         num_processes: starts at a time; None: one per CPU, and never more than one per eight starts.
         progress: a bar on a terminal's standard error.
         seed: of the draw.
@@ -52,12 +55,13 @@ class FitSettings:
     huber_delta: float = HUBER_DELTA
     ridge: float = 0.0
     max_iterations: int = MAX_ITERATIONS
+    num_finalists: int = 12
     num_processes: int | None = 1
     progress: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_starts", "max_iterations"):
+        for name in ("num_starts", "max_iterations", "num_finalists"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.huber_delta > 0:
@@ -188,21 +192,26 @@ class Problem:
             gradient = gradient + self.settings.ridge * exponents
         return value, gradient
 
-    def solve(self, start: Array) -> tuple[float, Array]:
-        """L-BFGS from one start: objective reached, and where."""
-        minimize = require_scipy().minimize
-        limit, theta, value = self.settings.max_iterations, start, np.inf
+    def solve(self, start: Array) -> Solution:
+        """L-BFGS from one start to the end."""
+        best = self.descend(start, self.settings.max_iterations)
         # Its memory goes stale in long flat valleys: begin anew from where it stopped, while that helps.
-        for _ in range(4):
-            result = minimize(
-                self.objective, theta, jac=True, method="L-BFGS-B",
-                options={"maxiter": limit, "maxfun": 2 * limit, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-9},
-            )  # fmt: skip
-            improved = value - float(result.fun)
-            value, theta = float(result.fun), result.x
-            if not improved > 1e-4 * max(value, 1e-12):
+        for _ in range(3):
+            value, theta = self.descend(best[1], self.settings.max_iterations)
+            gained, best = best[0] - value, (value, theta)
+            if gained <= 1e-4 * value:
                 break
-        return value, theta
+        return best
+
+    def descend(self, start: Array, max_iterations: int) -> Solution:
+        """One run of L-BFGS."""
+        options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "maxcor": 30, "ftol": 1e-13, "gtol": 1e-9}
+        result = require_scipy().minimize(self.objective, start, jac=True, method="L-BFGS-B", options=options)
+        return float(result.fun), result.x
+
+    def screen(self, start: Array) -> Solution:
+        """One run, cut short."""
+        return self.descend(start, min(SCREENING_ITERATIONS, self.settings.max_iterations))
 
 
 def require_scipy() -> Any:
@@ -239,28 +248,33 @@ def _grid_point(axes: Sequence[Sequence[float]], pick: int) -> tuple[float, ...]
     return tuple(point)
 
 
-def solve_all(jobs: Sequence[tuple[Problem, Array]], settings: FitSettings, title: str) -> list[tuple[float, Array]]:
-    """Every job's result, in order; in processes, under one bar."""
+def run_jobs(jobs: Sequence[Callable[[], Solution]], settings: FitSettings, title: str) -> list[Solution]:
+    """Every job's solution, in order; in processes, under one bar. Jobs are partial calls of a ``Problem``'s methods."""
     num_processes = settings.count_processes(len(jobs))
     with _progress(settings.progress, title, len(jobs)) as advance:
         if num_processes == 1:
             results = []
-            for problem, start in jobs:
-                results.append(problem.solve(start))
+            for job in jobs:
+                results.append(job())
                 advance()
             return results
         # Spawned, not forked: the caller's process may have threads (torch has).
         with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_solve, *job): i for i, job in enumerate(jobs)}
-            found: dict[int, tuple[float, Array]] = {}
+            futures = {pool.submit(job): i for i, job in enumerate(jobs)}
+            found: dict[int, Solution] = {}
             for future in as_completed(futures):
                 found[futures[future]] = future.result()
                 advance()
     return [found[i] for i in range(len(jobs))]
 
 
-def _solve(problem: Problem, start: Array) -> tuple[float, Array]:
-    return problem.solve(start)
+def search(problem: Problem, starts: Sequence[Array], settings: FitSettings) -> Solution:
+    """All starts a little way, the best of them to the end."""
+    form = problem.form
+    screened = run_jobs([partial(problem.screen, start) for start in starts], settings, f"{form}: {len(starts)} starts")
+    screened.sort(key=lambda solution: solution[0])
+    finalists = [partial(problem.solve, theta) for _, theta in screened[: settings.num_finalists]]
+    return min(run_jobs(finalists, settings, f"{form}: the best {len(finalists)}"), key=lambda solution: solution[0])
 
 
 class _progress:
@@ -308,8 +322,7 @@ def fit(form: Form | str, runs: Runs, settings: FitSettings | None = None) -> Fi
     data = form.prepare(runs.columns)
     starts = start_points(form, data.centres, settings)
     problem = Problem(form.name, data, np.log(runs[form.target]), np.ones(len(runs)), settings)
-    results = solve_all([(problem, start) for start in starts], settings, f"{form.name}: starts")
-    value, theta = min(results, key=lambda result: result[0])
+    value, theta = search(problem, starts, settings)
     return make_fit(form, runs, data, theta, value, settings)
 
 
@@ -328,9 +341,9 @@ LARGEST_EXPONENT, LARGEST_LOG_SCALE, SMALLEST_SHARE, LARGEST_CONDITION = 1.5, 30
 
 def _degeneracies(form: Form, theta: Array, data: Prepared, slopes: Array, shares: Array) -> list[str]:
     natural = form.natural(theta, data.centres)
-    messages = []
+    messages, offsets = [], {term.offset for term in form.terms}
     for parameter, value in zip(form.parameters, natural, strict=True):
-        if not parameter.is_log and abs(value) > LARGEST_EXPONENT:
+        if not parameter.is_log and parameter.name not in offsets and abs(value) > LARGEST_EXPONENT:
             messages.append(f"exponent {parameter.name} = {value:.2f} is degenerate")
         elif parameter.is_log and abs(value) > LARGEST_LOG_SCALE:
             messages.append(f"{parameter.name} = e^{value:.0f} is degenerate")
@@ -418,10 +431,8 @@ class Bootstrap:
         """Where each coefficient lies in this share of the refits."""
         rows = [self.fit.form.coefficients(theta, self.fit.centres) for theta in self.thetas]
         tail = (1 - level) / 2
-        return {
-            name: tuple(float(v) for v in np.quantile([row[name] for row in rows], (tail, 1 - tail)))
-            for name in rows[0]
-        }  # type: ignore[return-value]
+        ends = {name: np.quantile([row[name] for row in rows], (tail, 1 - tail)) for name in rows[0]}
+        return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
     def interval(
         self, data: Mapping[str, Any], level: float = 0.9, extrapolate: bool = False, num_draws: int = 4000
@@ -488,8 +499,8 @@ def bootstrap(fitted: Fit, num_resamples: int = 100, settings: FitSettings | Non
     for _ in range(num_resamples):
         weights = np.bincount(draws.integers(len(runs), size=len(runs)), minlength=len(runs)).astype(float)
         # Only runs that were drawn can pull; the others keep their place with weight 0.
-        jobs.append((Problem(form.name, data, target, weights, settings), fitted.theta))
-    thetas = np.stack([theta for _, theta in solve_all(jobs, settings, f"{form.name}: bootstrap")])
+        jobs.append(partial(Problem(form.name, data, target, weights, settings).solve, fitted.theta))
+    thetas = np.stack([theta for _, theta in run_jobs(jobs, settings, f"{form.name}: bootstrap")])
     residuals = target - form.log_prediction(fitted.theta, data)[0]
     inflated = residuals * np.sqrt(len(runs) / max(1, fitted.degrees_of_freedom))
     return Bootstrap(fitted, thetas, inflated, _reach_errors(fitted, settings), settings.seed)
@@ -505,10 +516,11 @@ def _reach_errors(fitted: Fit, settings: FitSettings) -> dict[str, float]:
             continue
         runs = fitted.runs.keep(~split)
         data = form.prepare(runs.columns, fitted.centres)
-        jobs.append((Problem(form.name, data, np.log(runs[form.target]), np.ones(len(runs)), settings), fitted.theta))
+        problem = Problem(form.name, data, np.log(runs[form.target]), np.ones(len(runs)), settings)
+        jobs.append(partial(problem.solve, fitted.theta))
         kept.append((name, split))
     serial = FitSettings(**{**vars(settings), "num_processes": 1, "progress": False})
-    for (name, split), (_, theta) in zip(kept, solve_all(jobs, serial, ""), strict=True):
+    for (name, split), (_, theta) in zip(kept, run_jobs(jobs, serial, ""), strict=True):
         held = fitted.runs.keep(split)
         prepared = form.prepare(held.columns, fitted.centres)
         residuals = form.log_prediction(theta, prepared)[0] - np.log(held[form.target])
