@@ -178,13 +178,13 @@ class Problem:
         form, delta = find_form(self.form), self.settings.huber_delta
         with np.errstate(over="ignore", invalid="ignore"):
             predicted, slopes, _ = form.log_prediction(theta, self.data)
-        scaled = (predicted - self.log_target) / delta
-        size = np.abs(scaled)
-        pulls = np.clip(scaled, -1, 1)
-        total = self.weights.sum()
-        value = float(self.weights @ np.where(size <= 1, scaled**2, 2 * size - 1) / total)
-        gradient = slopes @ (2 * self.weights * pulls) / (total * delta)
-        if not np.isfinite(value) or not np.all(np.isfinite(gradient)):
+            scaled = (predicted - self.log_target) / delta
+            pulls = np.minimum(np.maximum(scaled, -1), 1)
+            weighted = self.weights * pulls / self.weights.sum()
+            # s^2 up to 1, 2 |s| - 1 beyond.
+            value = float(weighted @ (2 * scaled - pulls))
+            gradient = slopes @ (2 / delta * weighted)
+        if not np.isfinite(value) or not np.isfinite(gradient).all():
             return 1e30, np.zeros_like(theta)
         if self.settings.ridge:
             exponents = np.array([not parameter.is_log for parameter in form.parameters]) * theta
