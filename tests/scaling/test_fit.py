@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,13 +187,13 @@ def test_synthetic_recovery(noise, seed, inside_bound, beyond_bound):
         assert fitted.warnings == ()
 
 
-def dense_runs(noise=0.0, num_runs=40, seed=0, outliers=0):
+def dense_runs(noise=0.0, num_runs=40, seed=0, outliers=0, off=1.2):
     """The shape of the Chinchilla check: some runs badly under-trained."""
     draw = np.random.default_rng(seed)
     size, tokens = np.exp(draw.uniform(18, 22, num_runs)), np.exp(draw.uniform(22, 26, num_runs))
     loss = 1.8172 + 482 / size**0.3478 + 2085 / tokens**0.3658
     loss = loss * np.exp(noise * draw.normal(size=num_runs))
-    loss[:outliers] *= 1.2
+    loss[:outliers] *= off
     return make_runs({"total_parameters": size, "num_tokens": tokens, "loss": loss})
 
 
@@ -212,6 +213,8 @@ def test_outliers_are_found_and_clean_runs_are_not():
     noisy = dense_runs(noise=0.002, outliers=3)
     assert sorted(find_outliers(fit("chinchilla", noisy, FEW))) == [0, 1, 2]
     assert len(find_outliers(fit("chinchilla", dense_runs(noise=0.002), FEW))) == 0
+    # Seven standard deviations are too many for 40 runs, too.
+    assert set(find_outliers(fit("chinchilla", dense_runs(noise=0.002, outliers=3, off=1.016), FEW))) == {0, 1, 2}
 
 
 def test_processes_and_bar_change_nothing(capfd):
@@ -244,6 +247,11 @@ def test_predictions_outside_are_refused_or_flagged_and_wider():
     assert interval.outside == ((), ("total_parameters",))
     width = interval.high - interval.low
     assert width[1] > 2 * width[0] > 0
+    # The error of reaching beyond, measured among the runs themselves, is part of it; inside the runs it is none.
+    assert resampled.reach_errors.keys() == {"total_parameters"}
+    short = replace(resampled, reach_errors={}).interval(outside, extrapolate=True)
+    assert short.low[0] == interval.low[0]
+    assert width[1] > short.high[1] - short.low[1]
     farther = resampled.interval({"total_parameters": [1e13], "num_tokens": [1e11]}, extrapolate=True)
     assert farther.high - farther.low > width[1]
     with pytest.raises(ValueError, match="level must lie between 0 and 1"):
