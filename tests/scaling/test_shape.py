@@ -323,12 +323,23 @@ def test_defaults_are_those_of_the_class(family):
 EXT_OPEN = ("moe_latent_size", "moe_expert_intermediate_size")
 
 
-def test_reads_files_folders_and_cached_ids(tmp_path, monkeypatch):
+def test_reads_files_and_folders(tmp_path):
     config, model = build({**TINY, **ODD["qwen3_moe"]})
     config.save_pretrained(tmp_path)
     expected = numel(model)
     for source in (tmp_path, str(tmp_path), tmp_path / "config.json"):
         assert MoeShape.from_hf(source).total_parameters == expected
+
+
+def test_reads_a_hub_id_from_the_cache(tmp_path, monkeypatch):
+    config, model = build({**TINY, **ODD["olmoe"]})
+    revision = "0" * 40
+    folder = tmp_path / "models--someone--small"
+    config.save_pretrained(folder / "snapshots" / revision)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert MoeShape.from_hf("someone/small").total_parameters == numel(model)
 
 
 def test_loads_no_torch(tmp_path):
