@@ -12,7 +12,9 @@ from math import exp, log
 
 import numpy as np
 
-from hf_moe_ext.scaling.fit import DegenerateFitWarning, FitSettings, bootstrap, fit
+from hf_moe_ext.scaling.fit import DegenerateFitWarning, fit
+from hf_moe_ext.scaling.fit_intervals import bootstrap
+from hf_moe_ext.scaling.fit_solver import FitSettings
 from hf_moe_ext.scaling.laws import abnar, joint, routed
 from hf_moe_ext.scaling.runs import Runs, make_runs
 

@@ -8,18 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hf_moe_ext.scaling import fit as fitting
-from hf_moe_ext.scaling.fit import (
-    DegenerateFitWarning,
-    ExtrapolationError,
-    FitSettings,
-    bootstrap,
-    find_outliers,
-    fit,
-    hold_out,
-    start_points,
-)
+from hf_moe_ext.scaling.fit import DegenerateFitWarning, ExtrapolationError, fit
+from hf_moe_ext.scaling.fit_checks import find_outliers, hold_out
 from hf_moe_ext.scaling.fit_forms import FORMS, START_GRID, find_form
+from hf_moe_ext.scaling.fit_intervals import bootstrap
+from hf_moe_ext.scaling.fit_solver import FitSettings, Problem, start_points
 from hf_moe_ext.scaling.laws import abnar, fine_grained, joint, leverage, routed
 from hf_moe_ext.scaling.runs import RunsError, make_runs
 from support.deepmind_runs import needs_data, standard_runs
@@ -107,7 +100,7 @@ def test_gradients(name):
     data = form.prepare(columns)
     settings = FitSettings(huber_delta=0.3, ridge=0.7)
     target = np.random.default_rng(1).normal(1, 0.3, 24)
-    problem = fitting.Problem(name, data, target, np.arange(24) % 3 + 0.0, settings)
+    problem = Problem(name, data, target, np.arange(24) % 3 + 0.0, settings)
     step = 1e-6
     for start in start_points(form, data.centres, FitSettings(num_starts=4, seed=3)):
         shifts = np.eye(len(start)) * step
@@ -125,7 +118,7 @@ def test_objective_is_the_huber_loss():
     theta = form.centre(published_theta(form, PUBLISHED["chinchilla"][0]), data.centres)
     residual = np.array([0.0, 5e-4, -1e-3, 3e-3, -0.2, *[0.0] * 19])
     target = np.log(PUBLISHED["chinchilla"][1](columns)) - residual
-    value, _ = fitting.Problem("chinchilla", data, target, np.ones(24), FitSettings()).objective(theta)
+    value, _ = Problem("chinchilla", data, target, np.ones(24), FitSettings()).objective(theta)
     delta = 1e-3
     by_hand = [r * r / 2 if abs(r) <= delta else delta * (abs(r) - delta / 2) for r in residual]
     assert value == pytest.approx(2 * sum(by_hand) / 24 / delta**2, rel=1e-6)
@@ -345,7 +338,7 @@ def test_settings_that_cannot_be(settings, message):
 def test_without_scipy_one_line_says_what_to_install():
     code = (
         "import sys; sys.modules['scipy'] = None; sys.modules['scipy.optimize'] = None\n"
-        "import hf_moe_ext.scaling.fit as f\n"
+        "import hf_moe_ext.scaling.fit_solver as f\n"
         "try: f.require_scipy()\n"
         "except ImportError as error: print(error, 'torch' in sys.modules)"
     )
