@@ -164,7 +164,7 @@ def convert(arm: str, parent: Path, arguments: UpcycleArguments, output: Path | 
         )
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"--arms {arm}: {' '.join(str(error).split())}") from error
-    return report.to_dict()
+    return report.as_dict()
 
 
 def train_arm(
@@ -235,7 +235,6 @@ def load_start(arm: str, parent: Path, arguments: UpcycleArguments) -> tuple[Pre
     except (ValueError, OSError) as error:
         raise UserError(f"--arms {arm}: {' '.join(str(error).split())[:400]}") from error
     if arm != DENSE:
-        model.config.output_router_logits = True  # adds the load-balance loss
         PartialState().wait_for_everyone()
         if arguments.training.process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)

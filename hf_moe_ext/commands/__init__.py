@@ -1,1 +1,1 @@
-"""Commands of ``hf-moe`` that have a file of their own; `cli.py` names them. Each imports its feature inside."""
+"""Commands of ``hf-moe``, a file per feature; `cli.py` registers them. Each imports its feature inside its function."""

@@ -1,9 +1,10 @@
 """``hf-moe upcycle``."""
 
-import json
 from typing import Annotated, Literal
 
 import typer
+
+from hf_moe_ext.commands.conventions import BAD_INPUT, Json, Overwrite, print_report, refusal_of
 
 
 def upcycle_checkpoint(
@@ -38,9 +39,9 @@ def upcycle_checkpoint(
         bool, typer.Option(help="Compare logits of result and parent; loads both, one after the other, in float32.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and count; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    overwrite: Overwrite = False,
     max_shard_bytes: Annotated[int, typer.Option(help="Largest safetensors file.")] = 5_000_000_000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Make a dense model's FFNs the experts of a Mixture-of-Experts model that starts with the same logits.
 
@@ -48,7 +49,7 @@ def upcycle_checkpoint(
     """
     from hf_moe_ext.convert import upcycle
 
-    try:
+    with refusal_of("upcycle", (*BAD_INPUT, RuntimeError)):
         report = upcycle(
             source,
             output,
@@ -71,7 +72,4 @@ def upcycle_checkpoint(
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
         )
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        typer.echo(f"hf-moe upcycle: {error}", err=True)
-        raise typer.Exit(2) from error
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.format())
+    print_report(report, as_json)

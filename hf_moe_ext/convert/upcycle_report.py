@@ -75,16 +75,16 @@ class UpcycleReport:
     written: bool = False
     seconds: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return asdict(self)
 
     def write(self, folder: Path) -> None:
         """Leave the report beside the weights."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
         (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
-    def format(self) -> str:
+    def as_text(self) -> str:
         """The same to read."""
         s = self.settings
         experts = [layer.layer for layer in self.layers if layer.block != "dense"]

@@ -87,8 +87,8 @@ def test_verify_notes_what_it_found(tmp_path: Path, parent: str, form: Any) -> N
     assert report.max_logit is not None
     assert report.max_logit_difference == report.max_change < 1e-6 <= report.bound < 3e-6
     assert report.max_logit > 0.1
-    assert "equal the parent's" in report.format()
-    assert json.loads((tmp_path / "moe" / "upcycle.json").read_text()) == report.to_dict()
+    assert "equal the parent's" in report.as_text()
+    assert json.loads((tmp_path / "moe" / "upcycle.json").read_text()) == report.as_dict()
 
 
 def test_verify_raises_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_gates_as_they_are(tmp_path: Path, parent: str, form: Any, top_k: int) -
         assert layer.gate_sum is not None
         assert layer.gate_sum == pytest.approx(1, abs=1e-6) if top_k == 4 else 0.2 < layer.gate_sum < 0.95
     assert (report.max_change > 0.01) == (top_k < 4)
-    assert "times the dense FFN" in report.format()
+    assert "times the dense FFN" in report.as_text()
 
 
 @pytest.mark.parametrize("form", ["ders", "vanilla"])

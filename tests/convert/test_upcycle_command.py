@@ -45,7 +45,7 @@ def test_json_equals_the_function(tmp_path: Path) -> None:
         **{"num_experts": 6, "top_k": 3, "layers": "0-1", "delta": "sparse", "rank": 3, "bits": 8, "drop_rate": 0.8},
         **{"universal": "extend", "router_std": 0.1, "router_aux_loss_coef": 0.2, "seed": 7, "dtype": "bfloat16"},
         **{"max_shard_bytes": 20_000, "verify": False},
-    ).to_dict()
+    ).as_dict()
     for each in (report, wanted):
         del each["output"], each["seconds"]
     assert report == wanted

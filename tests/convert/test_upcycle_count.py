@@ -60,7 +60,7 @@ def test_counts(tmp_path: Path, parent: str, form: str, universal: Any, layers: 
     assert sum(layer.added_parameters for layer in report.layers) == sum(report.added_parameters.values())
     assert report.num_bytes == planned.num_bytes == sum(t.numel() * t.element_size() for t in stored.values())
     assert sum(report.added_bytes.values()) == report.num_bytes - report.num_bytes_before
-    assert planned.to_dict() | {"written": True, "seconds": report.seconds} == report.to_dict()
+    assert planned.as_dict() | {"written": True, "seconds": report.seconds} == report.as_dict()
 
     num_layers = 3 if layers == "all" else 2
     geometry = DersGeometry(32, 40, num_layers, 3, ffn_bias=False)
