@@ -98,19 +98,23 @@ class BlockBytes:
         return attention + (self._moe(layer) if isinstance(layer, MoeFfn) else self._dense(layer))
 
     def embedding(self) -> list[Operation]:
-        """Ids; the gradient of the table is as large as the table."""
+        """Ids; the table's gradient is as large as the table, and is added to that of a tied un-embedding."""
         entries = self.shape.vocab_size * self.shape.hidden_size / self.layout.tensor
-        return [Operation("embedding", INDEX * self.num_tokens, self.stream, entries)]
+        ids = INDEX * self.num_tokens
+        if self.shape.tied_embeddings and self.layout.pipeline == 1:
+            return [Operation("embedding", ids, self.stream + entries * self.precision.gradient)]
+        return [Operation("embedding", ids, self.stream, entries)]
 
     def head(self) -> list[Operation]:
         """Final norm, un-embedding, cross-entropy in float32: log-probabilities, their gradient and the logits' at once."""
-        logits = self.num_tokens * self.shape.vocab_size / self.layout.tensor
-        entries = 0 if self.shape.tied_embeddings else self.shape.vocab_size * self.shape.hidden_size / self.layout.tensor
-        working = logits * self.precision.matmul + self._rows(self.shape.hidden_size)
-        tied = self.shape.vocab_size * self.shape.hidden_size / self.layout.tensor - entries
+        d, logits = self.shape.hidden_size, self.num_tokens * self.shape.vocab_size / self.layout.tensor
+        working, entries = (
+            logits * self.precision.matmul + self._rows(d),
+            self.shape.vocab_size * d / self.layout.tensor,
+        )
         return [
-            self._norm("final norm", self.shape.hidden_size, out=self.precision.stream),
-            self._linear("un-embedding", self.shape.hidden_size, working + tied * self.precision.gradient, entries),
+            self._norm("final norm", d, out=self.precision.stream),
+            self._linear("un-embedding", d, working, entries),
             Operation("cross-entropy", logits * WIDE + self.num_tokens * INDEX, 2 * logits * WIDE),
         ]
 
@@ -123,7 +127,9 @@ class BlockBytes:
         Its backward multiplies float32 rows twice: three of them live at a time, beside the gradient at the residual sum.
         """
         saved = self.num_tokens * (WIDE * width + WIDE + out * width)
-        return Operation(name, saved, self.stream + 3 * self.num_tokens * WIDE * width, width if scales is None else scales)
+        return Operation(
+            name, saved, self.stream + 3 * self.num_tokens * WIDE * width, width if scales is None else scales
+        )
 
     def _linear(
         self, name: str, width: float, working: float, entries: float, inputs: int = 1, inner: bool = False
