@@ -84,7 +84,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=num_sequences, save_strategy="no",
-            gradient_accumulation_steps=num_micro_batches, gradient_checkpointing=recompute == "full", report_to=[],
+            gradient_accumulation_steps=num_micro_batches, report_to=[],
             bf16=precision == "autocast", use_cpu=device == "cpu", disable_tqdm=True, logging_strategy="no",
             dataloader_pin_memory=False,
         )  # fmt: skip
