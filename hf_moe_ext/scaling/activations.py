@@ -202,12 +202,14 @@ class BlockBytes:
         d = self.shape.hidden_size
         norm = self._norm("ffn norm", d, out=self.precision.stream)
         operations = [norm, self._router(ffn)]
+        # The gradient at the residual sum, and beside it what came back through a shared expert.
+        held = self.stream * (1 if ffn.shared is None else 2)
         if ffn.latent_size is None:
-            operations += self._experts(ffn, d, self.stream)
+            operations += self._experts(ffn, d, held)
         else:
             rows, entries, copies = self._rows(ffn.latent_size), d * ffn.latent_size, int(self.precision.casts)
             operations.append(self._linear("descend", d, 2 * self.stream + rows, entries, copies))
-            operations += self._experts(ffn, ffn.latent_size, 2 * self.stream)
+            operations += self._experts(ffn, ffn.latent_size, held)
             if ffn.latent_norm:
                 operations.append(self._norm("latent norm", ffn.latent_size, self.precision.matmul))
             operations.append(self._linear("ascend", ffn.latent_size, self.stream + rows, entries))
@@ -237,7 +239,7 @@ class BlockBytes:
             weighted = rows * width * (3 * WIDE + size)
         back = rows * INDEX
         return [
-            Operation("gather", 2 * back, 2 * held + wide),
+            Operation("gather", 2 * back, held + wide + self.num_tokens * width * size),
             Operation("expert up", wide, held + products * inner + wide, products * each, experts=True),
             *_activation("expert", ffn.gated, inner, held, split=True),
             Operation("expert down", inner, held + wide + inner, each, experts=True, inner=True),
@@ -258,11 +260,11 @@ class BlockBytes:
         entries = (ffn.routed_parameters(width) - base * (products + 1)) / self.layout.expert
         ranks = sum(ffn.deltas.rank)
         thin = rows * size * ranks
-        gather = Operation("gather", rows * INDEX, 2 * held + rows * width * size)
+        gather = Operation("gather", rows * INDEX, held + (rows + self.num_tokens) * width * size)
         first = Operation("deltas up", rows * width * size + thin, held + 2 * products * inner, entries, experts=True)
         return [
             gather,
-            Operation("base up", 0, held + products * once + 2 * held, products * base),
+            Operation("base up", 0, held + products * once + 2 * self.num_tokens * width * size, products * base),
             first,
             *_activation("expert", ffn.gated, inner, held + products * once, split=False),
             Operation("weighting", inner, held + 3 * inner + once, inner=True),

@@ -91,7 +91,7 @@ class Sent:
     pairs: float
 
 
-def expect_sent(exchange: Exchange, implementation: Implementation, num_tokens: int) -> Sent:
+def expect_sent(exchange: Exchange, implementation: Implementation, num_tokens: float) -> Sent:
     """Expected rows and pairs for uniform routing of this rank's tokens; exact in the mean over ranks only."""
     _check_implementation(implementation)
     off_rank = (exchange.num_ranks - 1) / exchange.num_ranks

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 BUILT_IN = Path(__file__).with_name("hardware.toml")
+_LINKS = ("intra_node_bytes_per_s", "inter_node_bytes_per_s")
+_OPTIONAL = {"devices_per_node", "grouped_flops_per_s", "source", *_LINKS}
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Hardware:
         flops_per_s: peak of matrix products.
         memory_bytes: of a device.
         memory_bytes_per_s: its bandwidth.
-        intra_node_bytes_per_s: to devices of the same node, one way.
-        inter_node_bytes_per_s: to devices of other nodes, one way.
+        intra_node_bytes_per_s: to devices of the same node, one way; None: not known.
+        inter_node_bytes_per_s: to devices of other nodes, one way; None: not known.
         devices_per_node: how many share a node.
         grouped_flops_per_s: peak of grouped products; None: as of any other.
         source: where the numbers are from.
@@ -31,8 +33,8 @@ class Hardware:
     flops_per_s: float
     memory_bytes: float
     memory_bytes_per_s: float
-    intra_node_bytes_per_s: float
-    inter_node_bytes_per_s: float
+    intra_node_bytes_per_s: float | None = None
+    inter_node_bytes_per_s: float | None = None
     devices_per_node: int = 8
     grouped_flops_per_s: float | None = None
     source: str = ""
@@ -44,7 +46,7 @@ class Hardware:
                 if not isinstance(value, str):
                     raise TypeError(f"hardware {self.name!r}: {field.name} must be text, got {value!r}")
                 continue
-            if value is None and field.name == "grouped_flops_per_s":
+            if value is None and field.name in (*_LINKS, "grouped_flops_per_s"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"hardware {self.name!r}: {field.name} must be a number, got {value!r}")
@@ -57,6 +59,21 @@ class Hardware:
     def grouped_peak(self) -> float:
         """FLOP/s of grouped products."""
         return self.flops_per_s if self.grouped_flops_per_s is None else self.grouped_flops_per_s
+
+    def link(self, between_nodes: bool) -> float:
+        """Bytes per second to a device of the same node, or of another.
+
+        Raises:
+            ValueError: that was never measured.
+        """
+        name = _LINKS[between_nodes]
+        speed = getattr(self, name)
+        if speed is None:
+            raise ValueError(
+                f"hardware {self.name!r} has no {name}, which this layout needs; measure it with `torchrun ... hf-moe "
+                "measure-hardware`, or write it into the file"
+            )
+        return float(speed)
 
     @property
     def flops_per_byte(self) -> float:
@@ -121,8 +138,7 @@ def _make(name: str, table: Any, path: Path) -> Hardware:
     if not isinstance(table, dict):
         raise ValueError(f"{path}: {name} must be a table [{name}] of numbers, got {table!r}")
     known = {field.name for field in fields(Hardware)} - {"name"}
-    optional = {"devices_per_node", "grouped_flops_per_s", "source"}
-    unknown, missing = sorted(table.keys() - known), sorted(known - optional - table.keys())
+    unknown, missing = sorted(table.keys() - known), sorted(known - _OPTIONAL - table.keys())
     if unknown or missing:
         parts = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
         raise ValueError(f"{path}: row [{name}] has keys {'; '.join(parts)}; known: {', '.join(sorted(known))}")

@@ -43,7 +43,7 @@ class Efficiency:
         for field in fields(self):
             value = getattr(self, field.name)
             positive = field.name in ("gemm", "grouped", "memory", "link")
-            inside = 0 <= value if field.name == "collective_s" else 0 <= value <= 1
+            inside = value >= 0 if field.name == "collective_s" else 0 <= value <= 1
             if not inside or (positive and value == 0):
                 bounds = (
                     "at least 0"
@@ -234,8 +234,7 @@ class _Seconds:
     def link(self, num_ranks: int, stride: int = 1) -> float:
         """Bytes per second of a ring of ranks this far apart: within a node, or as its slowest hop."""
         inside = num_ranks * stride <= self.hardware.devices_per_node
-        speed = self.hardware.intra_node_bytes_per_s if inside else self.hardware.inter_node_bytes_per_s
-        return speed * self.eff.link
+        return self.hardware.link(between_nodes=not inside) * self.eff.link
 
     def products(self, flops: FlopTerms, tokens: float) -> float:
         """Of one forward pass, outside the routed experts; routers and a latent's projections are on every TP rank."""
@@ -263,8 +262,8 @@ class _Seconds:
             sent = expect_sent(exchange, self.layout.dispatch, tokens)
             moved = layer_bytes(exchange, self.layout.dispatch, sent, passes)
             size = moved.total * imbalance / self.eff.link
-            far = size * far_share / self.hardware.inter_node_bytes_per_s
-            inside = size * (1 - far_share) / self.hardware.intra_node_bytes_per_s
+            far = size * far_share / self.hardware.link(between_nodes=True) if far_share else 0.0
+            inside = size * (1 - far_share) / self.hardware.link(between_nodes=False) if near > 1 else 0.0
             seconds += max(far, inside) + moved.num_collectives * self.eff.collective_s
         return seconds / self.layout.pipeline
 
