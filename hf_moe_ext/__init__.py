@@ -13,7 +13,14 @@ from hf_moe_ext import registry
 if TYPE_CHECKING:
     from hf_moe_ext.dcca.meter import TrafficMeter
     from hf_moe_ext.dcca.traffic_callback import TrafficCallback
-    from hf_moe_ext.models import MixtralExtConfig, MixtralExtForCausalLM, OlmoeExtConfig, OlmoeExtForCausalLM
+    from hf_moe_ext.models import (
+        MixtralExtConfig,
+        MixtralExtForCausalLM,
+        OlmoeExtConfig,
+        OlmoeExtForCausalLM,
+        Qwen3MoeExtConfig,
+        Qwen3MoeExtForCausalLM,
+    )
     from hf_moe_ext.models.distribution import check_distribution
     from hf_moe_ext.perft import PerftConfig, PerftModel
     from hf_moe_ext.perft.calibration import choose_experts_to_adapt
@@ -30,6 +37,8 @@ _EXPORTS = {
     "MixtralExtForCausalLM": "hf_moe_ext.models",
     "OlmoeExtConfig": "hf_moe_ext.models",
     "OlmoeExtForCausalLM": "hf_moe_ext.models",
+    "Qwen3MoeExtConfig": "hf_moe_ext.models",
+    "Qwen3MoeExtForCausalLM": "hf_moe_ext.models",
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
@@ -46,6 +55,8 @@ __all__ = [
     "OlmoeExtForCausalLM",
     "PerftConfig",
     "PerftModel",
+    "Qwen3MoeExtConfig",
+    "Qwen3MoeExtForCausalLM",
     "RouterLoadCallback",
     "TrafficCallback",
     "TrafficMeter",

@@ -20,10 +20,14 @@ from finetune_arguments import (
     read_words,
     suggest,
 )
-from hf_moe_ext import MixtralExtConfig, OlmoeExtConfig
+from hf_moe_ext import MixtralExtConfig, OlmoeExtConfig, Qwen3MoeExtConfig
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "pretrain_dcca.yaml"
-CONFIG_CLASSES: dict[str, Any] = {"olmoe_ext": OlmoeExtConfig, "mixtral_ext": MixtralExtConfig}
+CONFIG_CLASSES: dict[str, Any] = {
+    "olmoe_ext": OlmoeExtConfig,
+    "mixtral_ext": MixtralExtConfig,
+    "qwen3_moe_ext": Qwen3MoeExtConfig,
+}
 SOURCE, TRAINED = "source", "trained"
 # Written into every config.json by Transformers; they say nothing about the model.
 _BOOKKEEPING = ("transformers_version", "architectures", "dtype", "torch_dtype")
@@ -34,7 +38,7 @@ _PREFIX = "config:"
 class PretrainModelArguments(LayoutArguments):
     """Which model is made. Every key of its configuration is a flag of its own, see the end of this list."""
 
-    model_type: Literal["olmoe_ext", "mixtral_ext"] = field(
+    model_type: Literal["olmoe_ext", "mixtral_ext", "qwen3_moe_ext"] = field(
         default="olmoe_ext", metadata={"help": "Family of the model."}
     )
     model_config: str | None = field(

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_moe_ext.models.configuration import (
-    ALIGNMENT,
-    DCCA,
-    MixtralExtConfig,
-    OlmoeExtConfig,
-    nearest_aligned,
-)
+from hf_moe_ext.models.configuration import DCCA, STANDARD, MixtralExtConfig, OlmoeExtConfig
+from hf_moe_ext.models.dcca_keys import ALIGNMENT, nearest_aligned
 from hf_moe_ext.mup import config_file
 
 _TARGETS: dict[str, type] = {
@@ -74,6 +69,7 @@ def plan_conversion(
     refuse_quantised(model, config, "to_dcca")
     blocks = list(getattr(config, "moe_blocks", ["standard"] * config.num_hidden_layers))
     chosen = _choose_layers(layers, blocks)
+    _refuse_other_blocks(blocks, chosen)
     size = _choose_latent_size(config.hidden_size, latent_size, ratio)
     _check_experts(config, expert_gated, expert_intermediate_size)
     keys = {
@@ -168,6 +164,16 @@ def _choose_layers(layers: Iterable[int] | None, blocks: list[str]) -> list[int]
     if done:
         raise ValueError(f"layers: layer {done[0]} is a DCCA block already; choose among {free}")
     return sorted(chosen)
+
+
+def _refuse_other_blocks(blocks: list[str], chosen: list[int]) -> None:
+    """Only standard blocks become latent ones; others may stay beside them, but what reads a model here knows none."""
+    other = [i for i, block in enumerate(blocks) if block not in (STANDARD, DCCA)]
+    if other:
+        raise ValueError(
+            f"layer {other[0]} has moe_block={blocks[other[0]]!r}, which to_dcca does not read (layers to convert: {chosen}); "
+            "write ordinary experts first (`hf-moe compress --export stock` for moe_block='ders')"
+        )
 
 
 def _choose_latent_size(hidden_size: int, latent_size: int | None, ratio: float | None) -> int:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from hf_moe_ext.convert.checkpoint import CheckpointReader
 from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
 from hf_moe_ext.convert.expert_layout import stock_tensors
-from hf_moe_ext.models.configuration import DCCA, ExtKeys
+from hf_moe_ext.models.configuration import STANDARD, ExtKeys
 from hf_moe_ext.mup.settings import read_head_dim
 
 logger = logging.get_logger(__name__)
@@ -114,7 +114,8 @@ def plan_fold(model: str | os.PathLike[str], untie: bool = False) -> FoldPlan:
         raise ValueError(f"fold takes {', '.join(_STOCK)}; {model} has model_type {config.model_type!r}.{stock}")
     refuse_quantised(model, config, "fold")
     target = _make_stock_config(config, untie)
-    _refuse_dcca(config, target.model_type)
+    _refuse_other_blocks(config, target.model_type)
+    _refuse_raw_gates(config, target.model_type)
     factors = read_factors(config)
     _refuse_shared(config, factors, untie)
     if config.model_type == "olmoe_ext" and config.clip_qkv is not None and factors["q_norm"] != 1:
@@ -163,6 +164,8 @@ def _make_stock_config(config: Any, untie: bool) -> Any:
     stock = _STOCK[config.model_type]
     ours = {"model_type", *(f.name for f in fields(ExtKeys))}
     settings = {name: value for name, value in config.to_dict().items() if name not in ours}
+    if "norm_topk_prob" not in {f.name for f in fields(stock)}:
+        settings.pop("norm_topk_prob", None)  # Mixtral's stock router has no choice
     settings["architectures"] = [stock.__name__.replace("Config", "ForCausalLM")]
     if untie:
         settings["tie_word_embeddings"] = False
@@ -178,12 +181,21 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
-def _refuse_dcca(config: Any, model_type: str) -> None:
-    layers = [i for i, block in enumerate(config.moe_blocks) if block == DCCA]
+def _refuse_other_blocks(config: Any, model_type: str) -> None:
+    layers = [i for i, block in enumerate(config.moe_blocks) if block != STANDARD]
     if layers:
+        kinds = " and ".join(sorted({config.moe_blocks[i].upper() for i in layers}))
         raise ValueError(
-            f"layers {', '.join(map(str, layers))} are DCCA blocks (moe_block), which a stock {model_type} model does not "
+            f"layers {', '.join(map(str, layers))} are {kinds} blocks (moe_block), which a stock {model_type} model does not "
             "have: only models whose every layer has moe_block='standard' can be folded"
+        )
+
+
+def _refuse_raw_gates(config: Any, model_type: str) -> None:
+    if model_type == "mixtral" and not config.norm_topk_prob:
+        raise ValueError(
+            "norm_topk_prob=False: a stock Mixtral divides the chosen experts' gates by their sum, so no weights of it give "
+            "this model's outputs; it stays as it is"
         )
 
 

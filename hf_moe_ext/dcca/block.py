@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from hf_moe_ext.dcca.initialization import combined_weight_norm, initial_scales
-from hf_moe_ext.host.families import normalizes_top_k
+from hf_moe_ext.host.families import expert_width, normalizes_top_k
 
 
 class _LatentExperts(nn.Module):
@@ -140,7 +140,7 @@ class DccaMoeBlock(nn.Module):
         self.last_latent_magnitude: Tensor | None = None
         own = {
             "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
+            "intermediate_size": expert_width(config),
             "latent_size": latent_size,
             "expert_intermediate_size": config.moe_expert_intermediate_size,
         }

@@ -1,6 +1,7 @@
 """The N deltas of one matrix of an expert, as the two forwards use them.
 
-A stack gives the code of one expert's delta (``delta``), its matrix (``matrix``) and rows times its transpose (``linear``).
+A stack gives the code of one expert's delta as it is stored (``delta``), its matrix (``matrix``) and rows times its transpose
+(``linear``).
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,10 @@ class DeltaStack(Protocol):
         """How many there are."""
 
     def delta(self, expert: int) -> Delta:
-        """The code of one."""
+        """The code of one, as it is stored."""
+
+    def matrix(self, expert: int) -> Tensor:
+        """One, decoded: [out, in]; gradients reach what trains."""
 
     def linear(self, rows: Tensor, expert: int) -> Tensor:
         """``rows D^T``: [rows, in] to [rows, out]; what autograd keeps is smaller than D."""
@@ -63,40 +67,14 @@ class LowRankStack:
         A, B = self._factors
         return LowRankDelta(A[expert], B[expert])
 
+    def matrix(self, expert: int) -> Tensor:
+        """``B A``."""
+        return self.delta(expert).decode()
+
     def linear(self, rows: Tensor, expert: int) -> Tensor:
         """``(rows A^T) B^T``; keeps [rows, rank]."""
         A, B = self._factors
         return F.linear(F.linear(rows, A[expert].to(rows.dtype)), B[expert].to(rows.dtype))
-
-
-@dataclass(frozen=True, eq=False)
-class SparseStack:
-    """Values at positions that a seed regenerates, or that are held.
-
-    Attributes:
-        values: [num_experts, n].
-        indices: of each expert.
-    """
-
-    values: Tensor
-    indices: Sequence[Indices]
-
-    @property
-    def num_experts(self) -> int:
-        """How many there are."""
-        return self.values.shape[0]
-
-    @cached_property
-    def _rows(self) -> tuple[Tensor, ...]:
-        return self.values.unbind(0)
-
-    def delta(self, expert: int) -> SparseDelta:
-        """The code of one."""
-        return SparseDelta(self.indices[expert], self._rows[expert])
-
-    def linear(self, rows: Tensor, expert: int) -> Tensor:
-        """Scatters the values into one dense delta, uses it and lets it go; made anew in the backward."""
-        return _DecodedLinear.apply(rows, self._rows[expert], self.indices[expert])
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +107,60 @@ class QuantizedStack:
         scales = None if self.scales is None else self.scales[expert]
         return QuantizedDelta(self.shape, self.bits, self.group_size, self.dtype, self.codes[expert], scales)
 
+    def matrix(self, expert: int) -> Tensor:
+        """Decoded; no gradients."""
+        return self.delta(expert).decode()
+
     def linear(self, rows: Tensor, expert: int) -> Tensor:
         """Decodes one dense delta, uses it and lets it go; decoded anew in the backward."""
         return _DecodedLinear.apply(rows, None, self.delta(expert))
+
+
+@dataclass(frozen=True, eq=False)
+class SparseStack:
+    """Values at positions that a seed regenerates, or that are stored.
+
+    Attributes:
+        values: [num_experts, n]; or frozen ones of few bits, as matrices of one row (1, n).
+        indices: of each expert, as they are stored.
+        held: the same positions, in memory where ``indices`` would generate them at each use; None without.
+    """
+
+    values: Tensor | QuantizedStack
+    indices: Sequence[Indices]
+    held: Sequence[Indices] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are."""
+        return len(self.indices)
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, ...]:
+        assert isinstance(self.values, Tensor)
+        return self.values.unbind(0)
+
+    def delta(self, expert: int) -> SparseDelta:
+        """The code of one."""
+        return self._code(expert, self.indices[expert])
+
+    def matrix(self, expert: int) -> Tensor:
+        """Scattered into zeros; gradients reach values that are not quantised."""
+        return self._code(expert, self._positions(expert)).decode()
+
+    def linear(self, rows: Tensor, expert: int) -> Tensor:
+        """Scatters the values into one dense delta, uses it and lets it go; made anew in the backward."""
+        positions = self._positions(expert)
+        if isinstance(self.values, QuantizedStack):
+            return _DecodedLinear.apply(rows, None, self._code(expert, positions))
+        return _DecodedLinear.apply(rows, self._rows[expert], positions)
+
+    def _positions(self, expert: int) -> Indices:
+        return (self.held or self.indices)[expert]
+
+    def _code(self, expert: int, indices: Indices) -> SparseDelta:
+        quantised = isinstance(self.values, QuantizedStack)
+        return SparseDelta(indices, self.values.delta(expert) if quantised else self._rows[expert])  # type: ignore[union-attr]
 
 
 class _DecodedLinear(torch.autograd.Function):
@@ -142,7 +171,7 @@ class _DecodedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, values: Tensor | None, code: Indices | QuantizedDelta) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, values: Tensor | None, code: Indices | Delta) -> Tensor:
         ctx.save_for_backward(rows, values)
         ctx.code = code
         delta = SparseDelta(code, values) if isinstance(values, Tensor) else code  # type: ignore[arg-type]

@@ -4,23 +4,19 @@ Parameters are on-disk names: the base as stock dense FFNs and expert stacks hav
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from hf_moe_ext.ders.delta_form import MATRICES, DeltaForm, matrix_forms
 from hf_moe_ext.ders.delta_stacks import DeltaStack, LowRankStack, QuantizedStack, SparseStack
 from hf_moe_ext.ders.forward import SharedBaseExperts, fused, materialised
 from hf_moe_ext.ops.delta_indices import FlatIndices, SeededIndices
-from hf_moe_ext.ops.delta_metadata import check_rank
-from hf_moe_ext.ops.delta_positions import MaskStream, count_kept
-from hf_moe_ext.ops.delta_quantization import BITS
+from hf_moe_ext.ops.delta_positions import MaskStream
 
-DeltaForm = Literal["low_rank", "sparse", "quantized"]
 ForwardPath = Literal["fused", "materialised"]
-# Numbers of the matrices in a mask's name, the same for gated and un-gated experts.
-MATRICES = ("gate", "up", "down")
 
 
 class DersExperts(nn.Module):
@@ -33,13 +29,17 @@ class DersExperts(nn.Module):
         act: a name of Transformers' activations, or any pointwise function.
         gated: ``act(gate) * up``; False: ``act(up)``.
         bias: each expert has biases of its own, in every matrix.
-        delta: form of the deltas.
+        delta: form of the deltas. Its numbers, ``rank``, ``drop_rate`` and ``bits``, are one for all matrices, or a mapping
+            with one for each: "gate", "up" and "down", or "up" and "down" un-gated.
         rank: of low-rank deltas, at most the smaller dimension.
         drop_rate: share of a sparse delta's entries that are zero.
-        bits: of a quantised delta's entry: 16, 8, 4, 2 or 1.
-        group_size: inputs that share a quantised delta's scale.
+        bits: of a quantised delta's entry: 16, 8, 4, 2 or 1. Of a sparse delta, where given, its values' bits: they are
+            frozen then.
+        group_size: inputs that share a quantised delta's scale, or neighbouring values of a sparse one.
         seed: of the sparse deltas' positions, the model's.
         layer: index of the decoder layer, for the same.
+        stored_positions: sparse deltas store their positions, as masks that depend on the data need (4 bytes each, saved),
+            instead of the seed's. A new module has the seed's positions in ascending order.
         train_base: whether the base has gradients.
         train_deltas: whether deltas and the experts' biases have; codes of quantised deltas never do.
         forward_path: "fused", or "materialised" as the paper has it.
@@ -60,12 +60,13 @@ class DersExperts(nn.Module):
         gated: bool = True,
         bias: bool = False,
         delta: DeltaForm = "low_rank",
-        rank: int | None = None,
-        drop_rate: float | None = None,
-        bits: int | None = None,
+        rank: int | Mapping[str, int] | None = None,
+        drop_rate: float | Mapping[str, float] | None = None,
+        bits: int | Mapping[str, int] | None = None,
         group_size: int = 128,
         seed: int = 0,
         layer: int = 0,
+        stored_positions: bool = False,
         train_base: bool = True,
         train_deltas: bool = True,
         forward_path: ForwardPath = "fused",
@@ -73,15 +74,19 @@ class DersExperts(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(hidden_dim, intermediate_dim, num_experts, group_size)
-        _check_form(
-            delta, {"low_rank": ("rank", rank), "sparse": ("drop_rate", drop_rate), "quantized": ("bits", bits)}
-        )
         if forward_path not in get_args(ForwardPath):
             raise ValueError(f"forward_path must be 'fused' or 'materialised', got {forward_path!r}")
         self.hidden_dim, self.intermediate_dim, self.num_experts = hidden_dim, intermediate_dim, num_experts
         self.act_fn, self.gated, self.has_bias = _find_activation(act), gated, bias
         self.delta, self.group_size, self.seed, self.layer = delta, group_size, seed, layer
-        self.rank, self.drop_rate, self.bits = rank, drop_rate, bits
+        self.rank, self.drop_rate, self.bits, self.stored_positions = rank, drop_rate, bits, stored_positions
+        numbers = {"rank": rank, "drop_rate": drop_rate, "bits": bits}
+        shapes = {matrix: self.matrix_shape(matrix) for matrix in self.matrices}
+        self.forms = matrix_forms(delta, shapes, numbers, group_size, stored_positions)
+        if hold_positions and stored_positions:
+            raise ValueError(
+                "hold_positions is for positions of a seed, stored ones are in memory already; leave it out"
+            )
         self.forward_path, self.hold_positions = forward_path, hold_positions
         self._held: dict[str, tuple[list[list[int]], list[FlatIndices]]] = {}
 
@@ -91,8 +96,10 @@ class DersExperts(nn.Module):
         if bias:
             self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(num_experts, wide)))
             self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_dim))
-        for matrix in self.matrices:
-            self._make_deltas(matrix)
+        for matrix, form in self.forms.items():
+            for part, (shape, dtype, trains) in form.parts(num_experts).items():
+                name, tensor = f"delta_{matrix}_{part}", torch.empty(shape, dtype=dtype)
+                self.register_parameter(name, nn.Parameter(tensor)) if trains else self.register_buffer(name, tensor)
         self.set_trainable(train_base, train_deltas)
         self.reset_parameters()
 
@@ -150,13 +157,21 @@ class DersExperts(nn.Module):
         """The deltas of "gate", "up" or "down"; ``deltas(matrix).delta(expert)`` is one code, to save or to measure."""
         if self.delta == "low_rank":
             return LowRankStack(self._part(matrix, "A"), self._part(matrix, "B"))
-        if self.delta == "sparse":
-            return SparseStack(self._part(matrix, "values"), self._indices(matrix))
-        assert self.bits is not None
-        codes, scales = self._part(matrix, "codes"), getattr(self, f"delta_{matrix}_scales", None)
-        # What is decoded is cast to the work dtype where it is used; codes carry no dtype of their own.
-        dtype = self.down_proj.dtype if scales is not None else codes.dtype
-        return QuantizedStack(self.matrix_shape(matrix), self.bits, self.group_size, dtype, codes, scales)
+        form = self.forms[matrix]
+        if self.delta == "quantized":
+            return self._quantised(matrix, form.shape, self._part(matrix, "codes"))
+        # Values of few bits are a matrix of one row.
+        values = (
+            self._part(matrix, "values")
+            if form.bits is None
+            else self._quantised(matrix, (1, form.num_kept), self._part(matrix, "codes")[:, None])
+        )
+        if self.stored_positions:
+            return SparseStack(values, [FlatIndices(form.shape, each) for each in self._part(matrix, "positions")])
+        # Read from the buffer, not from ``self.seed``: a checkpoint brings its own, and a rank holds some experts only.
+        names = self._part(matrix, "stream").tolist()
+        seeded = [SeededIndices(form.shape, MaskStream(*name), None, form.num_kept) for name in names]
+        return SparseStack(values, seeded, self._hold(matrix, names, seeded) if self.hold_positions else None)
 
     def set_trainable(self, base: bool, deltas: bool) -> None:
         """Which parameters have gradients; an expert's biases go with its deltas."""
@@ -176,66 +191,62 @@ class DersExperts(nn.Module):
     @torch.no_grad()
     def reset_deltas(self) -> None:
         """Zero deltas, ready to train: A as LoRA draws it, B zero; values zero at the seed's positions; scales zero."""
-        for matrix in self.matrices:
-            if self.delta == "low_rank":
-                bound = 1 / math.sqrt(self.matrix_shape(matrix)[1])
-                nn.init.uniform_(self._part(matrix, "A"), -bound, bound)
-                nn.init.zeros_(self._part(matrix, "B"))
-            elif self.delta == "sparse":
-                nn.init.zeros_(self._part(matrix, "values"))
-                self._part(matrix, "stream").copy_(self._streams(matrix))
-            else:
-                for part in ("codes", "scales") if self.bits != 16 else ("codes",):
-                    nn.init.zeros_(self._part(matrix, part))
+        for matrix, form in self.forms.items():
+            for part in form.parts(self.num_experts):
+                tensor = self._part(matrix, part)
+                if part == "A":
+                    bound = 1 / math.sqrt(form.shape[1])
+                    nn.init.uniform_(tensor, -bound, bound)
+                elif part == "stream":
+                    tensor.copy_(torch.tensor(self._streams(matrix)))
+                elif part == "positions":
+                    self._draw_positions(matrix, tensor)
+                else:
+                    nn.init.zeros_(tensor)
 
     def extra_repr(self) -> str:
         """Sizes and form."""
-        number = {"low_rank": "rank", "sparse": "drop_rate", "quantized": "bits"}[self.delta]
+        numbers = {"rank": self.rank, "drop_rate": self.drop_rate, "bits": self.bits}
+        given = ", ".join(f"{name}={number}" for name, number in numbers.items() if number is not None)
         return (
             f"hidden_dim={self.hidden_dim}, intermediate_dim={self.intermediate_dim}, num_experts={self.num_experts}, "
-            f"gated={self.gated}, bias={self.has_bias}, delta={self.delta!r}, {number}={getattr(self, number)}, "
+            f"gated={self.gated}, bias={self.has_bias}, delta={self.delta!r}, {given}, "
             f"forward_path={self.forward_path!r}"
         )
 
     def _part(self, matrix: str, part: str) -> Tensor:
         return getattr(self, f"delta_{matrix}_{part}")
 
-    def _make_deltas(self, matrix: str) -> None:
-        rows, cols = self.matrix_shape(matrix)
-        if self.rank is not None:
-            check_rank(self.rank, rows, cols)
-            for part, shape in (("A", (self.rank, cols)), ("B", (rows, self.rank))):
-                self.register_parameter(f"delta_{matrix}_{part}", nn.Parameter(torch.empty(self.num_experts, *shape)))
-        elif self.drop_rate is not None:
-            values = torch.empty(self.num_experts, count_kept(rows * cols, self.drop_rate))
-            self.register_parameter(f"delta_{matrix}_values", nn.Parameter(values))
-            self.register_buffer(f"delta_{matrix}_stream", self._streams(matrix))
-        elif self.bits == 16:
-            self.register_buffer(f"delta_{matrix}_codes", torch.empty(self.num_experts, rows, cols))
-        else:
-            assert self.bits is not None
-            codes = torch.empty(self.num_experts, rows, -(-cols * self.bits // 8), dtype=torch.uint8)
-            self.register_buffer(f"delta_{matrix}_codes", codes)
-            scales = torch.empty(self.num_experts, rows, -(-cols // self.group_size), dtype=torch.bfloat16)
-            self.register_buffer(f"delta_{matrix}_scales", scales)
+    def _quantised(self, matrix: str, shape: tuple[int, int], codes: Tensor) -> QuantizedStack:
+        bits, scales = self.forms[matrix].bits, getattr(self, f"delta_{matrix}_scales", None)
+        assert bits is not None
+        if scales is not None and scales.ndim < codes.ndim:
+            scales = scales[:, None]
+        # What is decoded is cast to the work dtype where it is used; codes carry no dtype of their own.
+        dtype = self.down_proj.dtype if scales is not None else codes.dtype
+        return QuantizedStack(shape, bits, self.group_size, dtype, codes, scales)
 
-    def _streams(self, matrix: str) -> Tensor:
-        """[num_experts, 4] as ``SeededIndices.tensors`` stores one; saved, so that a file's masks are its own."""
+    def _streams(self, matrix: str) -> list[list[int]]:
+        """[num_experts][4] as ``SeededIndices.tensors`` stores one; saved, so that a file's masks are its own."""
         number = MATRICES.index(matrix)
         streams = [MaskStream(self.seed, self.layer, number, expert) for expert in range(self.num_experts)]
-        return torch.tensor([[s.seed, s.layer, s.matrix, s.expert] for s in streams], dtype=torch.int64)
+        return [[s.seed, s.layer, s.matrix, s.expert] for s in streams]
 
-    def _indices(self, matrix: str) -> list[SeededIndices] | list[FlatIndices]:
-        # Read from the buffer, not from ``self.seed``: a checkpoint brings its own, and a rank holds some experts only.
-        values, names = self._part(matrix, "values"), self._part(matrix, "stream").tolist()
-        shape, num_kept = self.matrix_shape(matrix), values.shape[1]
-        seeded = [SeededIndices(shape, MaskStream(*name), None, num_kept) for name in names]
-        if not self.hold_positions:
-            return seeded
+    def _draw_positions(self, matrix: str, positions: Tensor) -> None:
+        if positions.is_meta:
+            return
+        form = self.forms[matrix]
+        for row, name in zip(positions, self._streams(matrix), strict=True):
+            seeded = SeededIndices(form.shape, MaskStream(*name), None, form.num_kept)
+            row.copy_(seeded.positions(positions.device).sort().values)
+
+    def _hold(self, matrix: str, names: list[list[int]], seeded: list[SeededIndices]) -> list[FlatIndices]:
+        device = self.down_proj.device
         known, held = self._held.get(matrix, (None, []))
-        if known != names or (held and held[0].flat.device != values.device):
-            width = torch.int32 if shape[0] * shape[1] <= 2**31 else torch.int64
-            held = [FlatIndices(shape, each.positions(values.device).to(width)) for each in seeded]
+        if known != names or (held and held[0].flat.device != device):
+            rows, cols = self.matrix_shape(matrix)
+            width = torch.int32 if rows * cols <= 2**31 else torch.int64
+            held = [FlatIndices((rows, cols), each.positions(device).to(width)) for each in seeded]
             self._held[matrix] = (names, held)
         return held
 
@@ -252,17 +263,6 @@ def _check_sizes(hidden_dim: int, intermediate_dim: int, num_experts: int, group
             raise TypeError(f"{name} must be an int, got {size!r} ({type(size).__name__})")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def _check_form(delta: str, numbers: dict[str, tuple[str, float | None]]) -> None:
-    if delta not in numbers:
-        raise ValueError(f"delta must be one of {', '.join(numbers)}, got {delta!r}")
-    for form, (name, number) in numbers.items():
-        if (form == delta) != (number is not None):
-            need = f"needs {name}, got None" if form == delta else f"has no {name}, got {name}={number!r}; leave it out"
-            raise ValueError(f"delta={delta!r} {need}")
-    if delta == "quantized" and (type(numbers[delta][1]) is not int or numbers[delta][1] not in BITS):
-        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {numbers[delta][1]!r}")
 
 
 def _find_activation(act: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

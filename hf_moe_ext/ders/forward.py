@@ -93,8 +93,7 @@ def materialised(hidden: Tensor, index: Tensor, weights: Tensor, experts: Shared
         if token.numel() == 0 and expert > 0:
             continue
         *firsts, down = (
-            _add(base, stack.delta(expert).decode(), hidden.dtype)
-            for base, stack in zip(bases, experts.deltas, strict=True)
+            _add(base, stack.matrix(expert), hidden.dtype) for base, stack in zip(bases, experts.deltas, strict=True)
         )
         rows = F.linear(hidden[token], torch.cat(firsts), first_biases[expert])
         inner = experts.activate(rows.split(experts.inner_size, dim=-1))
@@ -127,7 +126,7 @@ def fused(
         if path == "dense":
             raise ValueError("path 'dense' is for low-rank deltas only; leave path out, or pass 'grouped'")
         path = "grouped"
-    if (path or choose_path(experts.num_experts, stacks[0].rank, hidden.dtype)) == "dense":
+    if (path or choose_path(experts.num_experts, max(stack.rank for stack in stacks), hidden.dtype)) == "dense":
         return _fused_dense(hidden, index, weights, experts, stacks)
     return _fused_grouped(hidden, index, weights, experts)
 
@@ -160,7 +159,7 @@ def _fused_dense(
     down_A, down_B = _flat_A(down, dtype), _flat_B(down, experts.down_bias, dtype)
 
     bases = F.linear(hidden, experts.first.to(dtype)).split(experts.inner_size, dim=-1)
-    bottlenecks = F.linear(hidden, torch.cat(firsts_A)).split(down_A.shape[0], dim=-1)
+    bottlenecks = F.linear(hidden, torch.cat(firsts_A)).split([len(A) for A in firsts_A], dim=-1)
     # [tokens, top_k, num_experts]; a sentinel's row is 0.
     chosen = (index[..., None] == torch.arange(experts.num_experts, device=index.device)).to(dtype)
     inners, backs = [], []

@@ -11,11 +11,12 @@ from typing import Any
 
 HIDDEN, ATTENTION, INTERMEDIATE = "hidden", "attention", "intermediate"
 LATENT, LATENT_INTERMEDIATE, SHARED_INTERMEDIATE = "latent", "latent_intermediate", "shared_intermediate"
+DENSE_INTERMEDIATE, HEAD_DIM = "dense_intermediate", "head_dim"
 # Not widths: they stay as they are while a model grows wider.
 VOCAB, EXPERTS, RANK = "vocab", "experts", "rank"
 
 # model_type of the configurations these tables describe.
-DECLARED = ("mixtral", "mixtral_ext", "olmoe", "olmoe_ext", "granitemoe")
+DECLARED = ("mixtral", "mixtral_ext", "olmoe", "olmoe_ext", "granitemoe", "qwen3_moe", "qwen3_moe_ext")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,14 @@ _MODEL: dict[str, Axes] = {
     r"self_attn\.o_proj\.bias": Axes(HIDDEN),
     r"self_attn\.[qk]_norm\.weight": Axes(ATTENTION),
     r"(?:input_layernorm|post_attention_layernorm|norm)\.weight": Axes(HIDDEN),
+    r"mlp\.(?:gate|up)_proj\.weight": Axes(DENSE_INTERMEDIATE, HIDDEN),
+    r"mlp\.(?:gate|up)_proj\.bias": Axes(DENSE_INTERMEDIATE),
+    r"mlp\.down_proj\.weight": Axes(HIDDEN, DENSE_INTERMEDIATE),
+    r"mlp\.down_proj\.bias": Axes(HIDDEN),
 }
+# Where a family's differ: Qwen3 has one gain for each place in a head, the same for all heads.
+_QWEN3 = {r"self_attn\.[qk]_norm\.weight": Axes(HEAD_DIM)}
+_OF_FAMILY: dict[str, dict[str, Axes]] = {"qwen3_moe": _QWEN3, "qwen3_moe_ext": _QWEN3}
 _ROUTER = Axes(EXPERTS, HIDDEN)
 _STANDARD: dict[str, Axes] = {
     r"(?:mlp\.gate|block_sparse_moe\.router)\.weight": _ROUTER,
@@ -59,7 +67,26 @@ _DCCA: dict[str, Axes] = {
     r"shared_expert\.(?:gate|up)_proj\.weight": Axes(SHARED_INTERMEDIATE, HIDDEN),
     r"shared_expert\.down_proj\.weight": Axes(HIDDEN, SHARED_INTERMEDIATE),
 }
-_BLOCKS = {"standard": _STANDARD, "dcca": _DCCA}
+_FIRST, _DOWN = Axes(INTERMEDIATE, HIDDEN), Axes(HIDDEN, INTERMEDIATE)
+# Values of a sparse delta are entries of the matrix they are added to, and get what it gets.
+_DERS: dict[str, Axes] = {
+    r"mlp\.gate\.weight": _ROUTER,
+    r"experts\.gate_up_proj": _FIRST,
+    r"experts\.gate_up_proj_bias": Axes(INTERMEDIATE),
+    r"experts\.down_proj": _DOWN,
+    r"experts\.down_proj_bias": Axes(HIDDEN),
+    r"experts\.delta_(?:gate|up)_A": Axes(RANK, HIDDEN, _FIRST),
+    r"experts\.delta_(?:gate|up)_B": Axes(INTERMEDIATE, RANK, _FIRST),
+    r"experts\.delta_(?:gate|up)_values": Axes(INTERMEDIATE, HIDDEN, _FIRST),
+    r"experts\.delta_down_A": Axes(RANK, INTERMEDIATE, _DOWN),
+    r"experts\.delta_down_B": Axes(HIDDEN, RANK, _DOWN),
+    r"experts\.delta_down_values": Axes(HIDDEN, INTERMEDIATE, _DOWN),
+    r"shared_expert\.(?:gate|up)_proj\.weight": Axes(SHARED_INTERMEDIATE, HIDDEN),
+    r"shared_expert\.(?:gate|up)_proj\.bias": Axes(SHARED_INTERMEDIATE),
+    r"shared_expert\.down_proj\.weight": Axes(HIDDEN, SHARED_INTERMEDIATE),
+    r"shared_expert\.down_proj\.bias": Axes(HIDDEN),
+}
+_BLOCKS: dict[str, dict[str, Axes]] = {"standard": _STANDARD, "dcca": _DCCA, "ders": _DERS, "dense": {}}
 
 # What wrappers put into names (DDP, FSDP, torch.compile, PEFT), in front and in between.
 _WRAPPERS = re.compile(
@@ -104,7 +131,8 @@ def _find(name: str, config: Any) -> Axes | None:
     layer = _LAYER.search(name)
     blocks = getattr(config, "moe_blocks", None)
     block = blocks[int(layer[1])] if layer and blocks is not None else "standard"
-    for pattern, axes in (_MODEL | _BLOCKS[block]).items():
+    family = _OF_FAMILY.get(str(getattr(config, "model_type", None)), {})
+    for pattern, axes in (_MODEL | family | _BLOCKS[block]).items():
         if re.search(rf"(?:^|\.){pattern}$", name):
             return axes
     return None

@@ -31,7 +31,6 @@ FAMILIES: dict[str, bool | str] = {
             "minimax",
             "mistral_large4_text",
             "mixtral",
-            "mixtral_ext",
             "qwen3_5_moe_text",
             "qwen3_vl_moe_text",
         ),
@@ -71,11 +70,13 @@ FAMILIES: dict[str, bool | str] = {
         (
             "flex_olmo",
             "mellum",
+            "mixtral_ext",  # by default renormalised, as Mixtral
             "mistral4",
             "olmoe",
             "olmoe_ext",
             "qwen2_moe",
             "qwen3_moe",
+            "qwen3_moe_ext",
             "qwen3_next",
             "qwen3_omni_moe_talker_text",
             "qwen3_omni_moe_text",
@@ -160,6 +161,12 @@ def router_normalizes(config: Any) -> bool | None:
     rule = FAMILIES.get(model_type, BY_KEY)
     value = rule if isinstance(rule, bool) else getattr(config, rule, None)
     return None if value is None else bool(value)
+
+
+def expert_width(config: Any) -> int:
+    """Inner width of a routed expert as the configuration says; ``intermediate_size`` may be that of dense layers."""
+    width = getattr(config, "moe_intermediate_size", None)
+    return config.intermediate_size if width is None else width
 
 
 def active_experts(experts: nn.Module) -> int | None:

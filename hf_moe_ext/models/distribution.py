@@ -60,6 +60,7 @@ def check_distribution(
         return  # Transformers distributes nothing
     _check_sizes(layout, bool(given.get("enable_expert_parallel")), num_processes)
     if layout.ep_size > 1:
+        _refuse_shared_base(config, layout.ep_size)
         _check_implementation(layout, experts_implementation or config._experts_implementation)
     model = _outline(config, model_class, experts_implementation)
     plans = {name: _resolve(model, name, getattr(layout, name)) for name in ("ep_plan", "tp_plan", "fsdp_plan")}
@@ -69,6 +70,7 @@ def check_distribution(
         _check_expert_plan(model, sites, plans["ep_plan"], layout.ep_size)
         _check_eager(model, sites, layout)
     if layout.tp_size > 1:
+        _warn_of_shared_norms(plans["tp_plan"])
         _check_heads(model, plans["tp_plan"], layout.tp_size)
     if layout.tp_size > 1 and layout.ep_size == 1:
         _check_inner_width(model, sites, layout.tp_size, dtype)
@@ -115,6 +117,16 @@ def _check_sizes(layout: Any, flagged: bool, num_processes: int | None) -> None:
     ]
     if idle and layout.ep_size == 1:
         logger.warning(f"{' and '.join(idle)}: no effect, because ep_size is 1; write ep_size to shard the experts")
+
+
+def _refuse_shared_base(config: Any, ep_size: int) -> None:
+    layers = [layer for layer, block in enumerate(getattr(config, "moe_blocks", ())) if block == "ders"]
+    if layers:
+        raise ValueError(
+            f"ep_size={ep_size}: the experts of layer {layers[0]} (moe_block='ders') share a base that every rank needs, and "
+            "their deltas are light, so there is nothing to gain from spreading them; write fsdp_size for the same number of "
+            "processes, which shards base and deltas alike, and leave ep_size out"
+        )
 
 
 def _check_implementation(layout: Any, experts_implementation: str | None) -> None:
@@ -252,6 +264,16 @@ def _check_heads(model: Any, plan: dict[str, str], tp_size: int) -> None:
         raise ValueError(
             f"tp_size={tp_size} must divide num_key_value_heads={num_heads}; write a smaller tp_size, and fsdp_size for "
             "the other processes"
+        )
+
+
+def _warn_of_shared_norms(plan: dict[str, str]) -> None:
+    """Transformers 5.23 sums such a gradient over the ranks after each backward, with what earlier ones have left in it."""
+    names = [name for name, style in plan.items() if style == "replicated_with_grad_allreduce"]
+    if names:
+        logger.warning(
+            f"{' and '.join(names)}: under tensor parallelism Transformers adds up their gradients anew after each backward, "
+            "which is right for one backward per step only; train with gradient_accumulation_steps=1, or freeze them"
         )
 
 

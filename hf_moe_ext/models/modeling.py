@@ -1,10 +1,10 @@
-"""``OlmoeExt*`` and ``MixtralExt*``: the stock models with the MoE block that each layer's configuration names.
+"""``OlmoeExt*``, ``MixtralExt*``, ``Qwen3MoeExt*``: the stock models with the block that the configuration names.
 
 Everything but the blocks is inherited. A layer's stock block is exchanged before any weight is drawn, so a model of
 standard blocks draws the same weights from the same seed as the stock one.
 """
 
-import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,20 +14,24 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralModel, MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM, OlmoeModel, OlmoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM, Qwen3MoeModel, Qwen3MoeTopKRouter
 
-from hf_moe_ext.dcca.block import DccaMoeBlock, is_plain
-from hf_moe_ext.models.configuration import DCCA, MixtralExtConfig, OlmoeExtConfig
+from hf_moe_ext.dcca.block import is_plain
+from hf_moe_ext.ders.experts import DersExperts
+from hf_moe_ext.models.blocks import draw_shared_base, exchange_block
+from hf_moe_ext.models.checkpoint_blocks import refuse_other_blocks
+from hf_moe_ext.models.configuration import DCCA, DERS, MixtralExtConfig, OlmoeExtConfig, Qwen3MoeExtConfig
 from hf_moe_ext.models.distribution import check_distribution, count_processes
 from hf_moe_ext.models.expert_gradients import divide_expert_gradients_once
 from hf_moe_ext.mup.guard import watch
 from hf_moe_ext.mup.multipliers import divide_logits, multiply_embedding, multiply_layer
-from hf_moe_ext.mup.roles import NONE, base_sizes, read_role
+from hf_moe_ext.mup.roles import NONE, read_role
 
 
 class ChosenBlocks:
     """What the ``*_ext`` models have in common; stands before a stock model class."""
 
-    router_class: type[nn.Module]
+    router_class: Callable[[Any], nn.Module]
 
     def post_init(self) -> None:
         """Exchange the blocks before the weights are drawn, then what every model does."""
@@ -36,9 +40,8 @@ class ChosenBlocks:
         # Keys may have been changed since the configuration was made.
         config.resolve_keys()
         layers = getattr(model, "layers", ())
-        for layer, block in zip(layers, config.moe_blocks[: len(layers)], strict=True):
-            if block == DCCA:
-                layer.mlp = DccaMoeBlock(config, self.router_class(config), base_sizes(config))
+        for i, layer in enumerate(layers):
+            exchange_block(layer, i, config, self.router_class)
             multiply_layer(layer, config)
         if hasattr(model, "embed_tokens"):
             multiply_embedding(model.embed_tokens, config)
@@ -80,6 +83,9 @@ class ChosenBlocks:
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
         stds, factors = getattr(module, "init_std", {}), getattr(module, "init_factor", {})
+        if isinstance(module, DersExperts):
+            draw_shared_base(module, self.config.initializer_range, factors)  # type: ignore[attr-defined]
+            return
         if not stds and not factors:
             super()._init_weights(module)  # type: ignore[misc]
             return
@@ -126,7 +132,7 @@ class ChosenBlocks:
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         # Before Transformers draws what is missing at random.
         if not load_config.ignore_mismatched_sizes:
-            _refuse_other_blocks(model, loading_info)
+            refuse_other_blocks(model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
@@ -135,6 +141,11 @@ class ChosenBlocks:
         The Trainer loads its checkpoints by these names; it would pass over experts written one by one and go on with
         the ones it has.
         """
+        if save_original_format and DERS in self.config.moe_blocks:  # type: ignore[attr-defined]
+            raise ValueError(
+                "save_original_format=True writes one matrix per expert, which experts with a shared base (moe_block='ders') "
+                "do not have; leave it out, or write ordinary experts with `hf-moe compress --export stock`"
+            )
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
 
 
@@ -178,22 +189,55 @@ class OlmoeExtForCausalLM(ChosenBlocksForCausalLM, OlmoeForCausalLM, GenerationM
         self._build(config, OlmoeExtModel(config))
 
 
+class MixtralExtTopKRouter(MixtralTopKRouter):
+    """Mixtral's router without its last step: gates are the kept probabilities as they are (``norm_topk_prob=False``)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[..., hidden] to logits [tokens, num_experts], gates [tokens, top_k] and ids [tokens, top_k]."""
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        gates, ids = torch.topk(torch.softmax(logits.to(wide), dim=-1), self.top_k, dim=-1)
+        return logits, gates, ids
+
+
+def _make_mixtral_router(config: MixtralExtConfig) -> MixtralTopKRouter:
+    return (MixtralTopKRouter if config.norm_topk_prob else MixtralExtTopKRouter)(config)
+
+
 class MixtralExtModel(ChosenBlocks, MixtralModel):
     """``MixtralModel`` with the blocks of its ``MixtralExtConfig``."""
 
     config: MixtralExtConfig
-    router_class = MixtralTopKRouter
+    router_class = staticmethod(_make_mixtral_router)
 
 
 class MixtralExtForCausalLM(ChosenBlocksForCausalLM, MixtralForCausalLM, GenerationMixin):
     """``MixtralForCausalLM`` with the blocks of its ``MixtralExtConfig``."""
 
     config: MixtralExtConfig
-    router_class = MixtralTopKRouter
+    router_class = staticmethod(_make_mixtral_router)
 
     def __init__(self, config: MixtralExtConfig) -> None:
         super(MixtralForCausalLM, self).__init__(config)
         self._build(config, MixtralExtModel(config))
+
+
+class Qwen3MoeExtModel(ChosenBlocks, Qwen3MoeModel):
+    """``Qwen3MoeModel`` with the blocks of its ``Qwen3MoeExtConfig``."""
+
+    config: Qwen3MoeExtConfig
+    router_class = Qwen3MoeTopKRouter
+
+
+class Qwen3MoeExtForCausalLM(ChosenBlocksForCausalLM, Qwen3MoeForCausalLM, GenerationMixin):
+    """``Qwen3MoeForCausalLM`` with the blocks of its ``Qwen3MoeExtConfig``."""
+
+    config: Qwen3MoeExtConfig
+    router_class = Qwen3MoeTopKRouter
+
+    def __init__(self, config: Qwen3MoeExtConfig) -> None:
+        super(Qwen3MoeForCausalLM, self).__init__(config)
+        self._build(config, Qwen3MoeExtModel(config))
 
 
 def _set_init_factors(model: nn.Module, config: Any) -> None:
@@ -201,7 +245,8 @@ def _set_init_factors(model: nn.Module, config: Any) -> None:
     for path, module in model.named_modules():
         matrices = [name for name, p in module.named_parameters(recurse=False) if p.ndim > 1]
         if matrices:
-            roles = {name: read_role(f"{path}.{name}", config) for name in matrices}
+            # Deltas of a shared base have laws of their own.
+            roles = {name: read_role(f"{path}.{name}", config) for name in matrices if not name.startswith("delta_")}
             module.init_factor = {name: role.init_factor for name, role in roles.items()}
 
 
@@ -232,49 +277,11 @@ def _name_latent(model: Any, _: tuple[Any, ...], output: Any) -> None:
         )
 
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
-
-
-def _refuse_other_blocks(model: Any, info: Any) -> None:
-    """Raise if loading would leave weights of a MoE block at random, or drop some.
-
-    Args:
-        model: the model, its weights read.
-        info: Transformers' account of the loading: ``missing_keys``, ``mismatched_keys``, ``unexpected_keys``.
-
-    Raises:
-        ValueError: naming the layers and the first such weight.
-    """
-    weight = re.compile(r"layers\.(\d+)\.mlp\..*(?:proj|weight)$")
-    # A layer of which nothing was found (a truncated checkpoint, a state dict of the head) is Transformers' to report.
-    read = {found[1] for key in model.state_dict() if (found := _LAYER.search(key)) and key not in info.missing_keys}
-    missing = sorted(key for key in info.missing_keys if (found := weight.search(key)) and found[1] in read)
-    mismatched = sorted(key for key in info.mismatched_keys if weight.search(key[0]))
-    unexpected = sorted(key for key in info.unexpected_keys if weight.search(key))
-    if not (missing or mismatched or unexpected):
-        return
-    names = missing + [key[0] for key in mismatched] + unexpected
-    layers = sorted({int(found[1]) for key in names if (found := weight.search(key))})
-    config = model.config
-    wanted = sorted({config.moe_blocks[layer] for layer in layers if layer < len(config.moe_blocks)})
-    if missing:
-        example = f"it has no {missing[0]}"
-    elif mismatched:
-        key, theirs, ours = mismatched[0]
-        example = f"its {key} is {tuple(theirs)}, the model's {tuple(ours)}"
-    else:
-        example = f"the model has no {unexpected[0]}"
-    raise ValueError(
-        f"the checkpoint's MoE blocks in layers {', '.join(map(str, layers))} are not those of the configuration "
-        f"(moe_block={' or '.join(map(repr, wanted))}, moe_latent_size={config.moe_latent_size}, "
-        f"moe_expert_gated={config.moe_expert_gated}): {example}; load it with its own config.json, or convert a "
-        "standard checkpoint with `hf-moe to-dcca`"
-    )
-
-
-for _ours, _theirs in (("olmoe_ext", "olmoe"), ("mixtral_ext", "mixtral")):
+for _ours, _theirs in (("olmoe_ext", "olmoe"), ("mixtral_ext", "mixtral"), ("qwen3_moe_ext", "qwen3_moe")):
     register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_theirs), overwrite=True)
 AutoModel.register(OlmoeExtConfig, OlmoeExtModel, exist_ok=True)
 AutoModel.register(MixtralExtConfig, MixtralExtModel, exist_ok=True)
+AutoModel.register(Qwen3MoeExtConfig, Qwen3MoeExtModel, exist_ok=True)
 AutoModelForCausalLM.register(OlmoeExtConfig, OlmoeExtForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(MixtralExtConfig, MixtralExtForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(Qwen3MoeExtConfig, Qwen3MoeExtForCausalLM, exist_ok=True)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 _SIZES = (
     "hidden_size",
     "intermediate_size",
+    "moe_intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",

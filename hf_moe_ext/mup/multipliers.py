@@ -24,7 +24,8 @@ def multiply_layer(layer: Any, config: Any) -> None:
     if config.residual_multiplier != 1:
         for branch in (layer.self_attn, layer.mlp):
             branch.register_forward_hook(partial(_multiply_output, config.residual_multiplier))
-    divide_logits(layer.mlp.gate, config.router_logits_scaling)
+    if hasattr(layer.mlp, "gate"):  # a dense layer has no router
+        divide_logits(layer.mlp.gate, config.router_logits_scaling)
 
 
 def divide_logits(projection: nn.Module, scaling: float | None) -> None:

@@ -69,8 +69,13 @@ def muon_groups(
         adam_lr = lr
     check_numbers(lr=lr, adam_lr=adam_lr, weight_decay=weight_decay, eps=eps)
     roles, parameters = assign_roles(model), dict(model.named_parameters())
-    # The number of dimensions is torch's limit; that it is hidden is its role.
-    matrices = [name for name, role in roles.items() if role.role == HIDDEN and parameters[name].ndim == 2]
+    # The number of dimensions is torch's limit; that it is hidden is its role. What is only added to a matrix is none:
+    # the values of a sparse delta lie in two dimensions [experts, kept] that no map has.
+    matrices = [
+        name
+        for name, role in roles.items()
+        if role.role == HIDDEN and parameters[name].ndim == 2 and role.axes.adapts is None
+    ]
     if not matrices:
         raise ValueError(
             "Muon: no hidden matrix of this model requires a gradient (with mup='none' nothing is hidden, nor is an "

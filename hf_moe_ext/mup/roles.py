@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_moe_ext.host import axes as host_axes
 from hf_moe_ext.host.axes import Axes, clean_name, read_axes
+from hf_moe_ext.host.families import expert_width
 from hf_moe_ext.mup import rules
 from hf_moe_ext.mup.rules import RULES, Rule
 
@@ -54,12 +55,14 @@ def width_ratios(config: Any) -> dict[str, float]:
     Heads are added as the width grows, or become wider with it: either way the attention's width grows as the hidden size.
     """
     hidden = config.hidden_size / config.mup_base_hidden_size
-    inner = config.intermediate_size / config.mup_base_intermediate_size
+    inner = expert_width(config) / config.mup_base_intermediate_size
     ratios = {
         host_axes.HIDDEN: hidden,
         host_axes.ATTENTION: hidden,
         host_axes.INTERMEDIATE: inner,
         host_axes.SHARED_INTERMEDIATE: inner,
+        # Dense layers of a width of their own, which no key of the base names, are taken to grow as the model does.
+        host_axes.DENSE_INTERMEDIATE: inner if getattr(config, "moe_intermediate_size", None) is None else hidden,
     }
     if getattr(config, "moe_latent_size", None) is not None:
         latent = config.moe_latent_size / config.mup_base_latent_size

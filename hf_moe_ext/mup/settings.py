@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_moe_ext.host.families import router_normalizes
+from hf_moe_ext.host.families import expert_width, router_normalizes
 from hf_moe_ext.mup.roles import FOLDED, MULTIPLIER, MUP, NONE, SIMPLEP
 
 PARAMETRISATIONS = (NONE, SIMPLEP, MUP)
@@ -36,7 +36,7 @@ def resolve_parametrisation(config: Any) -> None:
     head_dim = read_head_dim(config)
     ratio = config.hidden_size / config.mup_base_hidden_size
     if config.mup_base_intermediate_size is None:
-        config.mup_base_intermediate_size = _plain(config.intermediate_size / ratio)
+        config.mup_base_intermediate_size = _plain(expert_width(config) / ratio)
     if config.mup_base_head_dim is None:
         config.mup_base_head_dim = head_dim
     if config.mup_base_latent_size is None and config.moe_latent_size is not None:
@@ -111,10 +111,9 @@ def _check_relations(config: Any) -> None:
             "zeros sends every token to the same experts"
         )
     if config.num_experts_per_tok == 1 and router_normalizes(config):
-        advice = "write norm_topk_prob=False" if hasattr(config, "norm_topk_prob") else "use an OLMoE-style model"
         raise ValueError(
             "num_experts_per_tok=1 with routing weights that are made to sum to 1: every weight is 1 whatever the router "
-            f"says, so it gets no gradient from the loss; {advice}, or num_experts_per_tok=2"
+            "says, so it gets no gradient from the loss; write norm_topk_prob=False, or num_experts_per_tok=2"
         )
     if config.mup_form == FOLDED and config.tie_word_embeddings:
         raise ValueError(

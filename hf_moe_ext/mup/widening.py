@@ -27,6 +27,8 @@ def widen(config: Any, hidden_size: int, hold_latent: bool = False) -> Any:
         "num_attention_heads": ratio,
         "num_key_value_heads": ratio,
     }
+    if getattr(config, "moe_intermediate_size", None) is not None:
+        sizes["moe_intermediate_size"] = ratio
     if config.moe_latent_size is not None:
         latent = 1.0 if hold_latent else ratio
         sizes |= {"moe_latent_size": latent, "moe_expert_intermediate_size": ratio * ratio / latent}
@@ -59,17 +61,18 @@ def choose_top_k(config: Any, top_k: int) -> Any:
 
 def cut_experts(config: Any, granularity: int) -> Any:
     """A copy with each expert cut into so many: as many times the experts, of them active, and narrower by as much."""
+    width = "intermediate_size" if getattr(config, "moe_intermediate_size", None) is None else "moe_intermediate_size"
     changes = {
         _expert_key(config): getattr(config, _expert_key(config)) * granularity,
         "num_experts_per_tok": config.num_experts_per_tok * granularity,
-        "intermediate_size": _whole("intermediate_size", config.intermediate_size / granularity, granularity),
+        width: _whole(width, getattr(config, width) / granularity, granularity),
     }
     if config.mup != NONE:
         # Held to the base's own: then the narrower expert counts as narrower, and its fan-in keys its last matrix.
         changes["mup_base_intermediate_size"] = config.mup_base_intermediate_size
     if config.moe_expert_intermediate_size is not None:
-        width = config.moe_expert_intermediate_size / granularity
-        changes["moe_expert_intermediate_size"] = _whole("moe_expert_intermediate_size", width, granularity)
+        inner = config.moe_expert_intermediate_size / granularity
+        changes["moe_expert_intermediate_size"] = _whole("moe_expert_intermediate_size", inner, granularity)
     return change(config, changes)
 
 

@@ -32,7 +32,17 @@ def read_ext_layers(keys: FamilyKeys, stock: MoeFfn) -> tuple[FeedForward, ...]:
         keys: of the configuration.
         stock: the family's own experts, which a "standard" layer has.
     """
-    return tuple(_read_layer(keys, stock, block, index) for index, block in enumerate(read_blocks(keys)))
+    dense = _stock_dense_layers(keys)
+    named = enumerate(read_blocks(keys))
+    return tuple(_read_layer(keys, stock, "dense" if i in dense else block, i) for i, block in named)
+
+
+def _stock_dense_layers(keys: FamilyKeys) -> set[int]:
+    """Layers that Qwen3-MoE's own keys make dense, whatever ``moe_block`` says for all."""
+    if not keys.knows("decoder_sparse_step"):
+        return set()
+    listed, step = keys.value("mlp_only_layers") or [], keys.count("decoder_sparse_step")
+    return {i for i in range(keys.count("num_hidden_layers")) if i in listed or (i + 1) % step}
 
 
 def read_blocks(keys: FamilyKeys) -> list[str]:

@@ -129,26 +129,27 @@ class Form:
         terms' derivatives, weighted with their shares (softmax).
         """
         index = self._index
-        features, slopes = self._moving_features(theta, index, data)
+        features, moved = self._moving_features(theta, index, data)
         num_runs = len(next(iter(data.features.values())))
-        logs = np.empty((len(self.terms), num_runs))
-        derivatives = np.zeros((len(self.terms), len(theta), num_runs))
-        for t, term in enumerate(self.terms):
-            value = np.zeros(num_runs)
+        logs = np.zeros((len(self.terms), num_runs))
+        for value, term in zip(logs, self.terms, strict=True):
             if term.offset is not None:
                 value += theta[index[term.offset]]
-                derivatives[t, index[term.offset]] = 1
             for name, feature, sign in term.factors:
                 value += sign * theta[index[name]] * features[feature]
-                derivatives[t, index[name]] += sign * features[feature]
-                for moved, slope in slopes.get(feature, {}).items():
-                    derivatives[t, index[moved]] += sign * theta[index[name]] * slope
-            logs[t] = value
         top = logs.max(axis=0)
         shares = np.exp(logs - top)
         total = shares.sum(axis=0)
         shares /= total
-        return top + np.log(total), np.einsum("tn,tpn->pn", shares, derivatives), shares
+        slopes = np.zeros((len(theta), num_runs))
+        for share, term in zip(shares, self.terms, strict=True):
+            if term.offset is not None:
+                slopes[index[term.offset]] += share
+            for name, feature, sign in term.factors:
+                slopes[index[name]] += sign * share * features[feature]
+                for mover, slope in moved.get(feature, {}).items():
+                    slopes[index[mover]] += sign * theta[index[name]] * share * slope
+        return top + np.log(total), slopes, shares
 
     def _moving_features(
         self, theta: Array, index: Mapping[str, int], data: Prepared
@@ -201,16 +202,15 @@ def _saturated_log(x: Array, log_start: float, log_rise: float) -> tuple[Array, 
     """Ln x^ and its derivatives by ln s and ln(m - s): 1/x^ = 1/(x + 1/(1/s - 1/m)) + 1/m."""
     start, rise = np.exp(np.clip((log_start, log_rise), -LARGEST_LOG, LARGEST_LOG))
     limit = start + rise
-    inverse = 1 / start - 1 / limit
+    # 1/s - 1/m as a quotient: a difference would vanish where m is hardly above s.
+    inverse = rise / (start * limit)
     shifted = x + 1 / inverse
     value = 1 / (1 / shifted + 1 / limit)
 
-    def derivative(of_start: float, of_limit: float) -> Array:
-        of_inverse = -of_start / start**2 + of_limit / limit**2
-        of_sum = of_inverse / inverse**2 / shifted**2 - of_limit / limit**2
-        return -value * of_sum
+    def derivative(log_inverse_slope: float, limit_slope: float) -> Array:
+        return value * (-log_inverse_slope / inverse / shifted**2 + limit_slope / limit**2)
 
-    return np.log(value), derivative(start, start), derivative(0.0, rise)
+    return np.log(value), derivative(-1 - start / limit, start), derivative(start / limit, rise)
 
 
 # --- The forms --------------------------------------------------------------------------------------------------------

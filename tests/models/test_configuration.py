@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig
-from hf_moe_ext.models.configuration import equal_expert_width
+from hf_moe_ext.models.dcca_keys import equal_expert_width
 from support.latent_models import BLOCKS, FAMILIES, make_config, make_model
 
 DCCA = {"moe_block": "dcca"}
@@ -58,7 +58,7 @@ def test_equal_parameters_up_to_alignment(hidden, inner, latent, gated):
         ({"moe_expert_intermediate_size": 0}, "must be at least 1, got 0"),
         ({"moe_shared_expert_intermediate_size": -1}, "must be 0 .none. or a width, got -1"),
         ({"moe_expert_act": "loud"}, "moe_expert_act must be an activation of Transformers, got 'loud'"),
-        ({"moe_block": "bigmac"}, "moe_block must be one of 'standard', 'dcca', got 'bigmac'"),
+        ({"moe_block": "bigmac"}, "moe_block must be one of 'standard', 'dcca', 'ders', 'dense', got 'bigmac'"),
         ({"moe_block": ["dcca"]}, "moe_block lists 1 blocks for num_hidden_layers=2"),
     ],
 )

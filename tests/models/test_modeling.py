@@ -11,6 +11,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     pipeline,
 )
 
@@ -19,7 +21,11 @@ from hf_moe_ext.dcca.block import DccaMoeBlock
 from support import trainers
 from support.latent_models import BLOCKS, FAMILIES, LatentBlock, make_config, make_model, stock_settings
 
-STOCK = {"olmoe_ext": (OlmoeConfig, OlmoeForCausalLM), "mixtral_ext": (MixtralConfig, MixtralForCausalLM)}
+STOCK = {
+    "olmoe_ext": (OlmoeConfig, OlmoeForCausalLM),
+    "mixtral_ext": (MixtralConfig, MixtralForCausalLM),
+    "qwen3_moe_ext": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
 every_model = pytest.mark.parametrize("family", FAMILIES)
 every_block = pytest.mark.parametrize("block", BLOCKS)
 IDS = torch.arange(3, 25).reshape(2, 11)

@@ -48,7 +48,7 @@ def test_declared_axes_are_those_that_grow_in_a_wider_model(family, block):
         assert not any(grown[: -len(declared)]), (name, axes)  # the experts' own dimension is no width
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "granitemoe"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "granitemoe", "qwen3_moe"])
 def test_stock_models_are_declared_whole(family):
     model = zoo.build(family)
     assert set(assign_roles(model)) == {name for name, _ in model.named_parameters()}

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_moe_ext  # noqa: F401  (makes the loaders know our types)
-from hf_moe_ext.scaling import layer_counts
+from hf_moe_ext.scaling import ders_accounting, layer_counts
 from hf_moe_ext.scaling.attention import GroupedAttention, LatentAttention
 from hf_moe_ext.scaling.feed_forward import DenseFfn, MoeFfn
 from hf_moe_ext.scaling.hf_config import DEFAULTS
@@ -70,6 +70,37 @@ ODD = {
     "olmoe_ext un-gated, open values": {
         **HEADS, "model_type": "olmoe_ext", "moe_block": "dcca", "hidden_size": 96, "num_experts": 6,
         "moe_shared_expert_intermediate_size": 21,
+    },
+    "mixtral_ext low rank": {
+        **HEADS, "model_type": "mixtral_ext", "moe_block": "ders", "intermediate_size": 24, "num_local_experts": 5,
+        "ders_bias": True, "moe_shared_expert_intermediate_size": 20,
+    },
+    "mixtral_ext all blocks": {
+        **HEADS, "model_type": "mixtral_ext", "moe_block": ["ders", "dense", "dcca", "standard", "ders"],
+        "intermediate_size": 24, "num_local_experts": 5, "moe_latent_size": 16, "ders_bias": True,
+        "ders_rank": [{"gate": 2, "up": 3, "down": 5}, None, None, None, 7],
+    },
+    "olmoe_ext sparse, shared with the universal": {
+        **HEADS, "model_type": "olmoe_ext", "moe_block": "ders", "intermediate_size": 21, "num_experts": 6,
+        "ders_delta": "sparse", "ders_drop_rate": {"gate": 0.9, "up": 0.77, "down": 0.5}, "ders_share_universal": True,
+        "norm_topk_prob": True,
+        "moe_shared_expert_intermediate_size": 21,
+    },
+    "olmoe_ext sparse, quantised values": {
+        **HEADS, "model_type": "olmoe_ext", "moe_block": "ders", "intermediate_size": 21, "num_experts": 6,
+        "ders_delta": "sparse", "ders_bits": 4,
+    },
+    "olmoe_ext quantised": {
+        **HEADS, "model_type": "olmoe_ext", "moe_block": "ders", "intermediate_size": 21, "num_experts": 6,
+        "ders_delta": "quantized", "ders_bits": 2, "ders_group_size": 8,
+    },
+    "qwen3_moe_ext": {
+        **HEADS, "model_type": "qwen3_moe_ext", "moe_block": "ders", "head_dim": 14, "mlp_only_layers": [1],
+        "intermediate_size": 31, "moe_intermediate_size": 24, "num_experts": 6, "decoder_sparse_step": 1,
+    },
+    "qwen3_moe_ext latent": {
+        **HEADS, "model_type": "qwen3_moe_ext", "moe_block": ["dcca", "dense", "standard", "ders", "dcca"],
+        "intermediate_size": 31, "moe_intermediate_size": 24, "num_experts": 6, "moe_latent_size": 16,
     },
 }  # fmt: skip
 
@@ -292,12 +323,23 @@ def test_defaults_are_those_of_the_class(family):
 EXT_OPEN = ("moe_latent_size", "moe_expert_intermediate_size")
 
 
-def test_reads_files_folders_and_cached_ids(tmp_path, monkeypatch):
+def test_reads_files_and_folders(tmp_path):
     config, model = build({**TINY, **ODD["qwen3_moe"]})
     config.save_pretrained(tmp_path)
     expected = numel(model)
     for source in (tmp_path, str(tmp_path), tmp_path / "config.json"):
         assert MoeShape.from_hf(source).total_parameters == expected
+
+
+def test_reads_a_hub_id_from_the_cache(tmp_path, monkeypatch):
+    config, model = build({**TINY, **ODD["olmoe"]})
+    revision = "0" * 40
+    folder = tmp_path / "models--someone--small"
+    config.save_pretrained(folder / "snapshots" / revision)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert MoeShape.from_hf("someone/small").total_parameters == numel(model)
 
 
 def test_loads_no_torch(tmp_path):
@@ -309,6 +351,26 @@ def test_loads_no_torch(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_shared_base_agrees_with_its_own_accounting():
+    """Base, deltas and routers by ``ders_accounting``, whose parent has the base already."""
+    geometry = ders_accounting.DersGeometry(48, 24, 5)
+    keys = {**TINY, **ODD["mixtral_ext low rank"], "ders_bias": False, "moe_shared_expert_intermediate_size": 0}
+    count = MoeShape.from_hf(keys).parameters
+    added = ders_accounting.low_rank_parameters(geometry, num_experts=5, rank=4)
+    assert count.routed + count.router == geometry.ffn_parameters + added
+    # A token meets the base once, and a delta in each of its experts.
+    deltas = 3 * 4 * (48 + 24)
+    assert count.active_routed == 5 * (3 * 48 * 24 + 3 * deltas)
+    assert MoeShape.from_hf(keys).forward_flops().experts == 2 * count.active_routed
+
+
+def test_dense_deltas_cost_dense_flops():
+    for name in ("olmoe_ext quantised", "olmoe_ext sparse, quantised values"):
+        shape = MoeShape.from_hf({**TINY, **ODD[name]})
+        assert shape.forward_flops().experts == 5 * 2 * (1 + 3) * 3 * 48 * 21
+        assert shape.parameters.routed == 5 * 3 * 48 * 21
 
 
 BAD = [

@@ -18,12 +18,15 @@ from transformers.distributed import expert_parallel
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 from transformers.utils import logging as logging_of_transformers
 
 from support import distributed_models, distributed_training, latent_models, zoo
 from support.distributed_models import Layout
 
 TOP_K, NUM_STEPS = 2, 5
+_NORMS = OlmoeRMSNorm | MixtralRMSNorm | Qwen3MoeRMSNorm
+_ROUTERS = OlmoeTopKRouter | MixtralTopKRouter | Qwen3MoeTopKRouter
 # Which experts a token can choose; None: all. With four of eight, half of the experts get no row; with the first four, so
 # does the second half of the ranks.
 ROUTINGS: dict[str, list[int] | None] = {"spread": None, "empty_experts": [0, 1, 4, 5], "empty_ranks": [0, 1, 2, 3]}
@@ -73,11 +76,11 @@ def load(
 def keep_float64(model: nn.Module) -> Any:
     """Stock norms and routers compute in float32, which cuts a rounding difference of 1e-17 to steps of 1e-8."""
     for module in model.modules():
-        if isinstance(module, OlmoeRMSNorm | MixtralRMSNorm | OlmoeTopKRouter | MixtralTopKRouter):
+        if isinstance(module, _NORMS | _ROUTERS):
             assert "forward" not in vars(module), "a plan has a rule for it, which this would undo"
-        if isinstance(module, OlmoeRMSNorm | MixtralRMSNorm):
+        if isinstance(module, _NORMS):
             module.forward = MethodType(_norm, module)
-        elif isinstance(module, OlmoeTopKRouter | MixtralTopKRouter):
+        elif isinstance(module, _ROUTERS):
             module.forward = MethodType(_route, module)
     return model
 

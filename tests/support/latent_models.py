@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig
+from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig, Qwen3MoeExtConfig
 from support.naive import largest
 from support.zoo import VOCAB_SIZE
 
-FAMILIES: dict[str, Any] = {"olmoe_ext": OlmoeExtConfig, "mixtral_ext": MixtralExtConfig}
+FAMILIES: dict[str, Any] = {
+    "olmoe_ext": OlmoeExtConfig,
+    "mixtral_ext": MixtralExtConfig,
+    "qwen3_moe_ext": Qwen3MoeExtConfig,
+}
+# What a family has beside the others: Qwen3-MoE's heads have a width of their own by default of the checkpoints, and its
+# experts are narrower than a dense layer.
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 48, "intermediate_size": 56, "head_dim": 12}
+}
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -43,17 +52,40 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
     "mixed": {"moe_block": ["standard", "dcca"]},
 }
+_UNIVERSAL: dict[str, Any] = {"moe_shared_expert_intermediate_size": 48, "norm_topk_prob": True}
+# Blocks whose experts share a base; every form, and every key beside it, is in one of them.
+DERS_BLOCKS: dict[str, dict[str, Any]] = {
+    "low_rank": {"moe_block": "ders"},
+    "sparse": {"moe_block": "ders", "ders_delta": "sparse", "ders_seed": 5},
+    "quantized": {"moe_block": "ders", "ders_delta": "quantized", "ders_group_size": 16},
+    "sparse_values": {
+        "moe_block": "ders",
+        "ders_delta": "sparse",
+        "ders_drop_rate": 0.7,
+        "ders_bits": 8,
+        "ders_stored_positions": True,
+    },
+    "universal": {"moe_block": "ders", "ders_share_universal": True, "ders_bias": True, **_UNIVERSAL},
+    "beside": {"moe_block": "ders", "ders_universal_gate": "add", "ders_bias": True, **_UNIVERSAL},
+    "some_layers": {
+        "moe_block": ["dense", "ders", "standard", "ders", "dcca"],
+        "num_hidden_layers": 5,
+        "ders_rank": [None, {"gate": 1, "up": 2, "down": 3}, None, 4, None],
+    },
+}
 
 
 def make_config(family: str = "olmoe_ext", block: str = "ungated", **overrides: Any) -> Any:
     """A tiny configuration of a family with the settings of ``BLOCKS[block]``."""
-    experts = "num_experts" if family == "olmoe_ext" else "num_local_experts"
-    return FAMILIES[family](**{**_COMMON, experts: 8, **BLOCKS[block], **overrides})
+    return FAMILIES[family](
+        **{**stock_settings(family.removesuffix("_ext")), **(BLOCKS | DERS_BLOCKS)[block], **overrides}
+    )
 
 
 def stock_settings(family: str) -> dict[str, Any]:
-    """The same settings for the stock configuration of ``olmoe`` or ``mixtral``."""
-    return {**_COMMON, "num_experts" if family == "olmoe" else "num_local_experts": 8}
+    """The same settings for the stock configuration of ``olmoe``, ``mixtral`` or ``qwen3_moe``."""
+    experts = "num_local_experts" if family == "mixtral" else "num_experts"
+    return {**_COMMON, experts: 8, **_OF_FAMILY.get(family, {})}
 
 
 def make_model(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from support.naive_deltas import unpacked_code
+
 
 def low_rank_matrices(A: Tensor, B: Tensor) -> list[Tensor]:
     """``D_i = B_i A_i`` of A [N, r, in], B [N, out, r]."""
@@ -24,6 +26,17 @@ def sparse_matrices(values: Tensor, positions: Sequence[Sequence[int]], shape: t
             entries[place] = values[i, j].double()
         matrices.append(torch.stack(entries).view(shape))
     return matrices
+
+
+def grid_values(codes: Tensor, scales: Tensor | None, bits: int, group_size: int, width: int) -> Tensor:
+    """Numbers [..., width] of packed codes [..., bytes], one by one: (code - middle of the grid) times the group's scale."""
+    if scales is None:
+        return codes.double()
+    rows = []
+    for row, row_scales in zip(codes.flatten(0, -2).tolist(), scales.double().flatten(0, -2).tolist(), strict=True):
+        levels = [unpacked_code(row, bits, j) - (2**bits - 1) / 2 for j in range(width)]
+        rows.append([level * row_scales[j // group_size] for j, level in enumerate(levels)])
+    return torch.tensor(rows, dtype=torch.float64).view(*codes.shape[:-1], width)
 
 
 def shared_base_experts(
