@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from hf_moe_ext.scaling.activations import BlockBytes, Tokens
+from hf_moe_ext.scaling.activations import MASKED_LIMIT, BlockBytes
 from hf_moe_ext.scaling.feed_forward import Deltas, DenseFfn, MoeFfn
 from hf_moe_ext.scaling.layout import Layout, stage_parameters
 from hf_moe_ext.scaling.memory import TrainingStep, bytes_per_parameter, training_memory
+from hf_moe_ext.scaling.operations import Tokens
 from hf_moe_ext.scaling.precision import PRECISIONS, choose_precision
 from hf_moe_ext.scaling.shape import MoeShape
 
@@ -61,6 +62,12 @@ def test_every_gradient_is_made_once():
         blocks = BlockBytes(shape, TOKENS, Layout(), PRECISIONS["float32"])
         parts = [blocks.embedding(), *(blocks.layer(i) for i in range(shape.num_layers)), blocks.head()]
         assert sum(one.gradients for part in parts for one in part) == shape.total_parameters
+
+
+def test_narrow_deltas_are_masked_where_the_forward_pass_masks_them():
+    from hf_moe_ext.ders.forward import DENSE_LIMIT
+
+    assert MASKED_LIMIT == DENSE_LIMIT
 
 
 def buckets(layout=None, shape=SHAPE, **step):
