@@ -89,6 +89,12 @@ def test_gradients_of_earlier_micro_batches_stay():
     assert many.total > few.total
 
 
+def test_few_tokens_peak_where_all_gradients_have_come():
+    memory = training_memory(SHAPE, Layout(), TrainingStep(Tokens(1, 8), "float32"))
+    assert memory.moment == "embedding"
+    assert memory.peak.gradients == 4 * SHAPE.total_parameters
+
+
 @pytest.mark.parametrize(
     ("zero", "weights", "gradients", "states"), [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)]
 )
