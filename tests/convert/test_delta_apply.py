@@ -112,6 +112,26 @@ def test_with_loss_of_stacked_and_single_matrices(tmp_path: Path) -> None:
             revert_delta(output, delta, tmp_path / "reverted")
 
 
+def test_a_damaged_code_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """With loss nothing else tells: any bits are a code of something."""
+    base, new = pair
+    diff_checkpoints(base, new, tmp_path / "delta", encoding=Encoding("svd", rank=2))
+    path = tmp_path / "delta/delta.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(ValueError, match=r"has another hash than delta\.json says"):
+        apply_delta(base, tmp_path / "delta", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_delta_within_the_output_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, new = pair
+    diff_checkpoints(base, new, new / "delta")
+    with pytest.raises(FileExistsError, match="is or holds"):
+        apply_delta(base, new / "delta", new, overwrite=True)
+    assert (new / "delta/delta.json").is_file()
+
+
 def test_a_wrong_base_is_refused_by_hash(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, new = pair
     diff_checkpoints(base, new, tmp_path / "delta")
@@ -147,6 +167,7 @@ def test_other_models_and_damaged_deltas(pair: tuple[Path, Path], tmp_path: Path
         ({"format": "other"}, "is of format 'other'"),
         ({"changes": [{"name": "x"}]}, "delta.json is damaged"),
         ({"surprise": 1}, "delta.json is damaged"),
+        ({"new_files": ["../config.json"]}, r"names '../config.json', which is no file of a checkpoint folder"),
     ):
         description.write_text(json.dumps({**content, **changed}))
         with pytest.raises(ValueError, match=words):
