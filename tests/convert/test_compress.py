@@ -82,6 +82,21 @@ def test_every_encoding_opens_and_is_as_near_as_reported(tmp_path: Path, keys: d
     assert json.loads((tmp_path / "out" / "compress.json").read_text())["matrices"] == report.as_dict()["matrices"]
 
 
+def test_every_delta_has_a_mask_of_its_own(tmp_path: Path) -> None:
+    """Named by the seed that was asked for, layer, matrix and expert."""
+    save_pair(tmp_path)
+    found = {}
+    for seed in (3, 4):
+        compress(tmp_path / "moe", tmp_path / str(seed), parent=tmp_path / "dense", seed=seed, max_shard_bytes=10**9)
+        found[seed] = load_file(tmp_path / str(seed) / "model.safetensors")
+        for layer in range(2):
+            for number, matrix in enumerate(("gate", "up", "down")):
+                streams = found[seed][f"model.layers.{layer}.mlp.experts.delta_{matrix}_stream"]
+                assert streams.tolist() == [[seed, layer, number, expert] for expert in range(4)]
+    name = "model.layers.1.mlp.experts.delta_up_values"
+    assert not torch.equal(found[3][name], found[4][name])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_else_keeps_its_bytes_and_bytes_are_counted(tmp_path: Path, dtype: torch.dtype) -> None:
     save_pair(tmp_path, dtype=dtype)
