@@ -151,6 +151,26 @@ def test_measures_are_those_of_the_weights(tmp_path: Path) -> None:
     assert row.distance_after == pytest.approx(0.05 * (2 * 5) ** 0.5, rel=0.15)
 
 
+def test_errors_weigh_inputs_as_the_norm_gives_them(tmp_path: Path) -> None:
+    """Gate and up read rows whose entry j has a mean square of the gain's; ``down`` is taken as it is."""
+    _, moe = save_pair(tmp_path)
+    gain = torch.linspace(0.1, 3, 32)
+    with torch.no_grad():
+        moe.model.layers[1].post_attention_layernorm.weight.copy_(gain)
+    moe.save_pretrained(tmp_path / "moe")
+    keys = {"parent": tmp_path / "dense", "encode": "svd", "rank": 8}
+    dry = compress(tmp_path / "moe", tmp_path / "out", dry_run=True, **keys)
+    done = compress(tmp_path / "moe", tmp_path / "out", export="stock", **keys)
+    source, found = (model.model.layers[1].mlp.experts for model in (moe, load(tmp_path / "out")))
+    for place, matrix in enumerate(("gate", "up", "down")):
+        rows = [e.down_proj if matrix == "down" else e.gate_up_proj.chunk(2, 1)[place] for e in (source, found)]
+        wanted, given = (each.detach() * (1 if matrix == "down" else gain) for each in rows)
+        error = ((given - wanted).norm(dim=(1, 2)) / wanted.norm(dim=(1, 2))).square().mean().sqrt()
+        for report, name in ((dry, "predicted_error"), (done, "output_error")):
+            row = next(row for row in report.matrices if (row.layer, row.matrix) == (1, matrix))
+            assert getattr(row, name) == pytest.approx(float(error), rel=1e-3)
+
+
 def test_export_stock_is_the_compressed_model(tmp_path: Path) -> None:
     save_pair(tmp_path)
     keys = {"parent": tmp_path / "dense", "drop_rate": 0.5}

@@ -39,6 +39,18 @@ def test_refuses_experts_that_share_no_base(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(moe), rtol=0, atol=5e-6)
 
 
+def test_one_far_expert_among_near_ones_is_refused(tmp_path: Path) -> None:
+    """Their mean cosine is above the threshold: the least decides."""
+    _, moe = save_pair(tmp_path)
+    with torch.no_grad():
+        matrix = moe.model.layers[0].mlp.experts.down_proj[3]
+        noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(4))
+        matrix += 0.7 * noise * matrix.norm() / noise.norm()
+    moe.save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"layer 0, down of expert 3 has cosine 0\.8"):
+        compress(tmp_path / "moe", tmp_path / "out", parent=tmp_path / "dense")
+
+
 def test_unrelated_experts_are_refused_with_any_base(tmp_path: Path) -> None:
     """Two unrelated experts have a cosine of 0.71 to their mean, the most that unrelated ones can have."""
     model_class, config_class, own = MOES["mixtral"]
