@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -146,6 +147,14 @@ def test_a_wrong_base_is_refused_by_hash(pair: tuple[Path, Path], tmp_path: Path
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"embed_tokens.weight has another hash"):
         apply_delta(tmp_path / "other", tmp_path / "delta", tmp_path / "out")
+    # The same bytes in another shape are another tensor.
+    shutil.copytree(base, tmp_path / "turned")
+    for path in (tmp_path / "turned").glob("*.safetensors"):
+        tensors = load_file(path)
+        turned = {n: t.view(t.shape[::-1]) if "embed_tokens" in n else t for n, t in tensors.items()}
+        save_file(turned, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has another hash"):
+        apply_delta(tmp_path / "turned", tmp_path / "delta", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
