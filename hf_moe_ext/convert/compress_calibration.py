@@ -134,7 +134,7 @@ def measure_calibration(
     if max_loss is not None and not rise <= max_loss:
         raise ValueError(
             f"the loss on {source} rises by {rise:.4f} nats a token ({losses[0]:.4f} to {losses[1]:.4f}), above "
-            f"max_loss={max_loss}; the worst slice is {worst!r} with {slices[worst]['rise']:+.4f}. Nothing was written: choose "
+            f"max_loss={max_loss}; the worst slice is {worst!r} with {slices[worst]['rise']:+.4f} nats. Nothing was written: choose "
             "a milder rate, or a larger max_loss"
         )
     return CalibrationReport(

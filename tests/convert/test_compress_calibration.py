@@ -43,9 +43,8 @@ def loss(folder: Path, texts: list[str]) -> float:
 
 def test_perplexities_and_worst_slice(tmp_path: Path, text: Path) -> None:
     save_pair(tmp_path, scale=0.1)
-    report = compress(
-        tmp_path / "moe", tmp_path / "out", parent=tmp_path / "dense", drop_rate=0.9, calibration=text
-    ).calibration
+    whole = compress(tmp_path / "moe", tmp_path / "out", parent=tmp_path / "dense", drop_rate=0.9, calibration=text)
+    report = whole.calibration
     assert report is not None
     slices = read_slices(text)
     assert {name: len(texts) for name, texts in slices.items()} == {"low": 3, "high": 2, "-": 1}
@@ -57,6 +56,9 @@ def test_perplexities_and_worst_slice(tmp_path: Path, text: Path) -> None:
         rises[name] = after - before
     assert report.worst_slice == max(rises, key=rises.__getitem__)
     assert report.worst_rise == pytest.approx(max(rises.values()), abs=1e-5)
+    num_tokens = {"low": 117, "high": 78, "-": 39}[report.worst_slice]
+    said = f"worst slice {report.worst_slice!r} ({report.worst_rise:+.4f} on {num_tokens} tokens)"
+    assert said in whole.as_text()
     everything = [each for texts in slices.values() for each in texts]
     assert report.num_tokens == 6 * 39
     assert report.perplexity_before == pytest.approx(math.exp(loss(tmp_path / "moe", everything)), rel=1e-5)
