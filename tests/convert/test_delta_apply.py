@@ -176,6 +176,7 @@ def test_other_models_and_damaged_deltas(pair: tuple[Path, Path], tmp_path: Path
         ({"format": "other"}, "is of format 'other'"),
         ({"changes": [{"name": "x"}]}, "delta.json is damaged"),
         ({"surprise": 1}, "delta.json is damaged"),
+        ({"new_hashes": {**content["new_hashes"], "model.norm.weight": "0"}}, "norm.weight did not come out as it was"),
         ({"new_files": ["../config.json"]}, r"names '../config.json', which is no file of a checkpoint folder"),
     ):
         description.write_text(json.dumps({**content, **changed}))

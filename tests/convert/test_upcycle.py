@@ -259,3 +259,19 @@ def test_router_gradient_of_one_expert_a_token(tmp_path: Path) -> None:
     router_gradient("stuck")
     router_gradient("raw", norm_topk_prob=False)
     router_gradient("universal", universal="extend")
+
+
+def test_router_gradient_of_two_experts_a_token(tmp_path: Path) -> None:
+    """Gates that sum to 1 over equal experts: none at step 0, one as soon as an update has told the experts apart."""
+    save_dense(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", top_k=2, num_experts=4, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    shares = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=make_ids(), labels=make_ids(), output_router_logits=False).loss.backward()
+        greatest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+        shares.append(max(float(layer.mlp.gate.weight.grad.abs().max()) for layer in model.model.layers) / greatest)
+        optimizer.step()
+    assert shares[0] < 1e-6 < 1e-5 < shares[1], shares
