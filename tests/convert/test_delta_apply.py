@@ -91,6 +91,21 @@ def test_shared_base_checkpoints_store_the_expert_that_changed(tmp_path: Path) -
     assert file_hashes(tmp_path / "reverted") == file_hashes(tmp_path / "before")
 
 
+def test_codes_are_never_coded_again(tmp_path: Path) -> None:
+    """With an encoding too, deltas of a shared base are stored bit for bit."""
+    _, moe = save_pair(tmp_path)
+    keys = {"parent": tmp_path / "dense", "encode": "svd", "rank": 4}
+    compress(tmp_path / "moe", tmp_path / "before", **keys)
+    with torch.no_grad():
+        moe.model.layers[0].mlp.experts.down_proj[1] *= 1.01
+    moe.save_pretrained(tmp_path / "moe")
+    compress(tmp_path / "moe", tmp_path / "after", **keys)
+    encoding = Encoding("quantize", bits=4)
+    report = diff_checkpoints(tmp_path / "before", tmp_path / "after", tmp_path / "delta", encoding=encoding)
+    assert sorted(report.changes) == [f"model.layers.0.mlp.experts.delta_down_{part}[1]" for part in "AB"]
+    assert report.lossless
+
+
 def test_with_loss_of_stacked_and_single_matrices(tmp_path: Path) -> None:
     _, moe = save_pair(tmp_path)
     with torch.no_grad():
