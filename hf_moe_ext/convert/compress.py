@@ -5,6 +5,7 @@ The order of work: the refusals (`compress_plan`), one reading that measures (`c
 (`compress_calibration`), all in a folder that gets its name at the end.
 """
 
+import math
 import os
 import time
 from dataclasses import asdict
@@ -20,7 +21,12 @@ from hf_moe_ext.convert.checkpoint import (
     copy_side_files,
     write_folder,
 )
-from hf_moe_ext.convert.compress_calibration import check_calibration, measure_calibration
+from hf_moe_ext.convert.compress_calibration import (
+    check_calibration,
+    measure_calibration,
+    read_slices,
+    tokenize_slices,
+)
 from hf_moe_ext.convert.compress_plan import CompressPlan, plan_compression, stock_config, target_config
 from hf_moe_ext.convert.compress_rates import Chosen, choose_rates, find_waste, predict_file_bytes
 from hf_moe_ext.convert.compress_report import CompressReport, MatrixReport
@@ -28,6 +34,7 @@ from hf_moe_ext.convert.compress_writing import LayerBases, measure_all, write_c
 from hf_moe_ext.convert.conversion_report import peak_memory_bytes
 from hf_moe_ext.convert.delta_encoding import Encoding
 from hf_moe_ext.convert.expert_matrices import MATRICES
+from hf_moe_ext.ops.delta_positions import MaskStream
 
 logger = logging.get_logger(__name__)
 
@@ -103,13 +110,19 @@ def compress(
     """
     began = time.monotonic()
     target = Path(output)
-    check_target(target, overwrite, keep=Path(moe))
+    for kept in (moe, parent, calibration):
+        check_target(target, overwrite, keep=None if kept is None else Path(kept))
     encoding = Encoding(encode, drop_rate, rank, bits, group_size)
     _check_request(encoding, target_bytes, max_error, min_cosine, export, base)
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes!r}")
+    MaskStream(seed)  # raises for what is no seed
     check_calibration(calibration, max_loss)
     plan = plan_compression(moe, parent, base)
     if export == "stock":
         stock_config(plan)
+    # Now, not at the end: a missing tokenizer would cost the whole conversion.
+    rows = None if calibration is None else tokenize_slices(plan.source, read_slices(calibration))
     settings = {
         **{"parent": None if parent is None else str(parent), "base": base, **asdict(encoding), "seed": seed},
         **{"encode": encode, "target_bytes": target_bytes, "max_error": max_error, "min_cosine": min_cosine},
@@ -141,8 +154,8 @@ def compress(
             config.save_pretrained(staging)
             copy_side_files(plan.source, staging)
             report.file_bytes_after = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
-            if calibration is not None:
-                report.calibration = measure_calibration(plan.source, staging, calibration, max_loss)
+            if rows is not None:
+                report.calibration = measure_calibration(plan.source, staging, str(calibration), rows, max_loss)
             report.written, report.peak_memory_bytes = True, peak_memory_bytes()
             report.seconds = round(time.monotonic() - began, 1)
             report.write(staging)
@@ -161,7 +174,7 @@ def _check_request(
     for name, value in (("target_bytes", target_bytes), ("max_error", max_error)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         if given:
             raise ValueError(f"{name} chooses {given[0]} for every matrix; leave {given[0]}={numbers[given[0]]!r} out")

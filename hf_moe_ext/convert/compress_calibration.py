@@ -66,15 +66,55 @@ def read_slices(source: str | os.PathLike[str]) -> dict[str, list[str]]:
     return found
 
 
+def tokenize_slices(folder: Path, slices: dict[str, list[str]]) -> dict[str, list[Tensor]]:
+    """Token ids of each slice in rows of at most 512, by the tokenizer and configuration of a checkpoint.
+
+    Raises:
+        ValueError: no tokenizer, one of a larger vocabulary than the model's, or too little text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"calibration: {folder} has no tokenizer that can be read; save the model's own there, or leave calibration out"
+        ) from error
+    config = AutoConfig.from_pretrained(folder)
+    length = min(_MAX_LENGTH, config.max_position_embeddings)
+    rows: dict[str, list[Tensor]] = {}
+    for name, texts in slices.items():
+        each = []
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            each += [torch.tensor(ids[i : i + length]) for i in range(0, len(ids), length)]
+        each = [row for row in each if len(row) > 1]
+        if each:
+            rows[name] = each
+    if not rows:
+        raise ValueError("calibration: the tokenizer makes no two tokens of any text; give more text")
+    largest = max(int(row.max()) for each in rows.values() for row in each)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"calibration: the tokenizer in {folder} gives token {largest}, the model has vocab_size={config.vocab_size}; it "
+            "is not this model's, put its own there"
+        )
+    return rows
+
+
 def measure_calibration(
-    before: Path, after: Path, source: str | os.PathLike[str], max_loss: float | None
+    before: Path, after: Path, source: str, rows: dict[str, list[Tensor]], max_loss: float | None
 ) -> CalibrationReport:
     """Perplexities of two checkpoints of one model, one after the other in memory.
 
+    Args:
+        before: the source.
+        after: the result.
+        source: name of the text.
+        rows: its token ids by slice, of ``tokenize_slices``.
+        max_loss: largest rise of the loss that is allowed, nats per token.
+
     Raises:
-        ValueError: too little text, or a rise of the loss above ``max_loss``.
+        ValueError: a rise of the loss above ``max_loss``.
     """
-    rows = _tokenize(before, read_slices(source))
     nats = [_losses(folder, rows) for folder in (before, after)]
     tokens = {name: sum(len(row) - 1 for row in each) for name, each in rows.items()}
     slices = {
@@ -94,11 +134,11 @@ def measure_calibration(
     if max_loss is not None and not rise <= max_loss:
         raise ValueError(
             f"the loss on {source} rises by {rise:.4f} nats a token ({losses[0]:.4f} to {losses[1]:.4f}), above "
-            f"max_loss={max_loss}; the worst slice is {worst!r} with {slices[worst]['rise']:+.4f}. Nothing was written: choose "
+            f"max_loss={max_loss}; the worst slice is {worst!r} with {slices[worst]['rise']:+.4f} nats. Nothing was written: choose "
             "a milder rate, or a larger max_loss"
         )
     return CalibrationReport(
-        str(source), total, math.exp(losses[0]), math.exp(losses[1]), rise, worst, slices[worst]["rise"], slices
+        source, total, math.exp(losses[0]), math.exp(losses[1]), rise, worst, slices[worst]["rise"], slices
     )
 
 
@@ -114,23 +154,6 @@ def _read_line(path: Path, number: int, line: str) -> tuple[str, str]:
             f'calibration: line {number} of {path} must be an object with a string "text"; got {line[:60]!r}'
         )
     return entry["text"], str(entry.get("slice", "-"))
-
-
-def _tokenize(folder: Path, slices: dict[str, list[str]]) -> dict[str, list[Tensor]]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    length = min(_MAX_LENGTH, AutoConfig.from_pretrained(folder).max_position_embeddings)
-    rows: dict[str, list[Tensor]] = {}
-    for name, texts in slices.items():
-        each = []
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            each += [torch.tensor(ids[i : i + length]) for i in range(0, len(ids), length)]
-        each = [row for row in each if len(row) > 1]
-        if each:
-            rows[name] = each
-    if not rows:
-        raise ValueError("calibration: the tokenizer makes no two tokens of any text; give more text")
-    return rows
 
 
 @torch.no_grad()

@@ -1,32 +1,28 @@
 """What a compression will do, and everything that can be refused before a weight is read."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
 from hf_moe_ext.convert.delta_encoding import MAGNITUDE_DROP, Encoding
 from hf_moe_ext.convert.expert_matrices import MATRICES, ExpertMatrices, parent_name
+from hf_moe_ext.convert.fold_plan import read_attention_factor
 from hf_moe_ext.convert.streaming_reader import StreamingReader
 from hf_moe_ext.models import configuration
-from hf_moe_ext.models.configuration import ExtKeys
+from hf_moe_ext.models.configuration import ExtKeys, stock_dense_layers
 
 BASES = ("parent", "mean", "least_squares")
 # Stock type of each family, its configuration, and the dense types whose FFN and attention it has.
 STOCK: dict[str, type] = {"mixtral": MixtralConfig, "olmoe": OlmoeConfig, "qwen3_moe": Qwen3MoeConfig}
 _TARGETS = {"mixtral": "MixtralExtConfig", "olmoe": "OlmoeExtConfig", "qwen3_moe": "Qwen3MoeExtConfig"}
 _PARENTS = {"mixtral": ("llama", "mistral"), "olmoe": ("olmo", "olmo2", "llama"), "qwen3_moe": ("qwen3",)}
-_MULTIPLIERS = {
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": None,
-    "residual_multiplier": 1.0,
-    "logits_scaling": None,
-    "router_logits_scaling": None,
-}
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,7 @@ def plan_compression(model: str | os.PathLike[str], parent: str | os.PathLike[st
     refuse_quantised(model, config, "compress")
     layers = _standard_layers(model, config)
     reader = StreamingReader(source)
+    _check_names(reader, config)
     experts = ExpertMatrices(reader, config.num_experts, expert_width(config), config.hidden_size, layers)
     if config.num_experts < 2:
         raise ValueError(f"{model} has {config.num_experts} expert a layer: there is nothing to share a base with")
@@ -118,7 +115,10 @@ def target_config(plan: CompressPlan, chosen: Mapping[tuple[int, str], Encoding]
         ]
         keys[f"ders_{key}"] = _shorten(values)
     architecture = target.__name__.replace("Config", "ForCausalLM")
-    settings = plan.config.to_dict() | keys | {"architectures": [architecture]}
+    # Keys of such experts that the source has without effect would have one now.
+    unset = {f.name: f.default for f in fields(ExtKeys) if f.name.startswith("ders_")}
+    unset["moe_shared_expert_intermediate_size"] = 0
+    settings = plan.config.to_dict() | unset | keys | {"architectures": [architecture]}
     settings.pop("model_type")
     return target.from_dict(settings)
 
@@ -131,21 +131,35 @@ def stock_config(plan: CompressPlan) -> Any:
     """
     stock = STOCK[plan.family]
     if plan.is_ext:
-        others = sorted(set(_blocks(plan.config)) - {"standard"})
-        scaled = [
-            name for name, idle in _MULTIPLIERS.items() if getattr(plan.config, name, idle) not in (idle, 1.0, None)
-        ]
-        if others or scaled:
-            what = f"moe_block={others[0]!r}" if others else f"{scaled[0]}={getattr(plan.config, scaled[0])}"
-            raise ValueError(
-                f"export='stock': the source has {what}, which a stock {plan.family} model has not; leave export out"
-                + ("" if others else ", or fold the multipliers first (hf-moe fold)")
-            )
+        _refuse_in_stock(plan.config, plan.family)
     ours = {f.name for f in fields(ExtKeys)} | {"model_type"}
     settings = {name: value for name, value in plan.config.to_dict().items() if not plan.is_ext or name not in ours}
     settings.pop("model_type", None)
+    if plan.family == "mixtral":
+        settings.pop("norm_topk_prob", None)
     settings["architectures"] = [stock.__name__.replace("Config", "ForCausalLM")]
     return stock.from_dict(settings)  # type: ignore[attr-defined]
+
+
+def _refuse_in_stock(config: Any, family: str) -> None:
+    plain = stock_dense_layers(config)
+    others = [block for layer, block in enumerate(_blocks(config)) if block != "standard" and layer not in plain]
+    factors = {
+        "embedding_multiplier": config.embedding_multiplier,
+        "attention_multiplier": read_attention_factor(config),
+        "residual_multiplier": config.residual_multiplier,
+        "logits_scaling": config.logits_scaling or 1.0,
+        "router_logits_scaling": config.router_logits_scaling or 1.0,
+    }
+    what = [f"moe_block={others[0]!r}"] if others else []
+    if family == "mixtral" and not config.norm_topk_prob:
+        what.append("norm_topk_prob=False")
+    scaled = [f"{name}={getattr(config, name)}" for name, factor in factors.items() if factor != 1]
+    if what or scaled:
+        raise ValueError(
+            f"export='stock': the source has {(what + scaled)[0]}, which a stock {family} model has not; leave export out"
+            + ("" if what else ", or fold the multipliers first (hf-moe fold)")
+        )
 
 
 def _check_base(parent: Any, base: str) -> None:
@@ -161,7 +175,23 @@ def _check_base(parent: Any, base: str) -> None:
 
 
 def _blocks(config: Any) -> list[str]:
-    return list(getattr(config, "moe_blocks", ["standard"] * config.num_hidden_layers))
+    dense = stock_dense_layers(config)
+    stock = ["dense" if layer in dense else "standard" for layer in range(config.num_hidden_layers)]
+    return list(getattr(config, "moe_blocks", stock))
+
+
+def _check_names(reader: StreamingReader, config: Any) -> None:
+    """Refuse a checkpoint without a tensor that its model has; those of experts are counted elsewhere."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    found = {name.replace(".block_sparse_moe.", ".mlp.", 1) for name in reader.names}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing = sorted(name for name in set(model.state_dict()) - found - tied if ".mlp.experts." not in name)
+    if missing:
+        raise ValueError(
+            f"checkpoint {reader.folder} has no {missing[0]} ({len(missing)} tensors are missing); it is incomplete, or was "
+            "saved without its language-model head: download or save it again"
+        )
 
 
 def _standard_layers(model: Any, config: Any) -> list[int]:
@@ -176,6 +206,12 @@ def _standard_layers(model: Any, config: Any) -> list[int]:
         raise ValueError(
             f"{model} has no standard MoE block, only {', '.join(sorted(set(blocks)))}; nothing to compress"
         )
+    for key, owner in (("ders_bias", "dense"), ("moe_shared_expert_intermediate_size", "dcca")):
+        if getattr(config, key, None) and owner in blocks:
+            raise ValueError(
+                f"{model} has {key}={getattr(config, key)!r} for its layers with moe_block={owner!r}; its standard experts have "
+                "no such part, but with moe_block='ders' the key would ask for it in theirs too"
+            )
     return layers
 
 

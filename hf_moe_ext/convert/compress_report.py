@@ -133,7 +133,8 @@ class CompressReport:
             c = self.calibration
             lines.append(
                 f"perplexity on {c.num_tokens:,} tokens of {c.origin}: {c.perplexity_before:.5g} -> "
-                f"{c.perplexity_after:.5g} ({c.loss_rise:+.4f} nats); worst slice {c.worst_slice!r} ({c.worst_rise:+.4f})"
+                f"{c.perplexity_after:.5g} ({c.loss_rise:+.4f} nats); worst slice {c.worst_slice!r} "
+                f"({c.worst_rise:+.4f} on {c.slices[c.worst_slice]['num_tokens']:,.0f} tokens)"
             )
         done = f"written to {self.output}, {self.seconds:.0f} s"
         lines.append(done if self.written else f"nothing written to {self.output} (dry run)")

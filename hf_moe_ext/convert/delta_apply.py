@@ -150,7 +150,8 @@ def revert_delta(
 
 
 def _patch(source: Path, delta: Path, target: Path, overwrite: bool, forward: bool) -> DeltaReport:
-    check_target(target, overwrite, keep=source)
+    for kept in (source, delta):
+        check_target(target, overwrite, keep=kept)
     description, tensors = read_description(delta)
     if not forward and not description.lossless:
         raise ValueError(

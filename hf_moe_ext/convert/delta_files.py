@@ -68,6 +68,7 @@ class DeltaDescription:
         base_files: side files that differ or are only there before.
         new_files: side files that differ or are only there after.
         encoding: settings of a lossy encoding; None without loss.
+        delta_hash: of delta.safetensors: with loss, no hash of the result could tell that a code is damaged.
     """
 
     base_hashes: dict[str, str] = field(default_factory=dict)
@@ -76,6 +77,7 @@ class DeltaDescription:
     base_files: list[str] = field(default_factory=list)
     new_files: list[str] = field(default_factory=list)
     encoding: dict[str, Any] | None = None
+    delta_hash: str = ""
 
     @property
     def lossless(self) -> bool:
@@ -85,6 +87,7 @@ class DeltaDescription:
     def write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write delta.json and delta.safetensors."""
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+        self.delta_hash = _hash_file(folder / TENSOR_FILE)
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -94,7 +97,7 @@ def read_description(folder: Path) -> tuple[DeltaDescription, dict[str, Tensor]]
 
     Raises:
         FileNotFoundError: it is no delta folder.
-        ValueError: another format or version, or damaged files.
+        ValueError: another format or version, damaged files, or a file outside its folder.
     """
     for name in (JSON_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
@@ -112,9 +115,23 @@ def read_description(folder: Path) -> tuple[DeltaDescription, dict[str, Tensor]]
         )
     try:
         content["changes"] = [Change(**change) for change in content["changes"]]
-        return DeltaDescription(**content), tensors
+        description = DeltaDescription(**content)
     except (KeyError, TypeError) as error:
         raise ValueError(f"delta {folder}: {JSON_FILE} is damaged ({error}); write it again") from error
+    if _hash_file(folder / TENSOR_FILE) != description.delta_hash:
+        raise ValueError(
+            f"delta {folder}: {TENSOR_FILE} has another hash than {JSON_FILE} says; it is damaged, write it again"
+        )
+    # A delta may come from anywhere: its files go into the output folder and nowhere else.
+    for name in (*description.base_files, *description.new_files):
+        if Path(name).name != name:
+            raise ValueError(f"delta {folder}: {JSON_FILE} names {name!r}, which is no file of a checkpoint folder")
+    return description, tensors
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_tensor(reader: StreamingReader, name: str) -> str:

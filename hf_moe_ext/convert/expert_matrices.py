@@ -47,7 +47,7 @@ class ExpertMatrices:
             layers: those of interest; None: every layer that has experts.
 
         Raises:
-            ValueError: no experts, one that lacks a matrix, another shape, or quantised weights.
+            ValueError: no experts in a layer of interest, one that lacks a matrix, another shape, or quantised weights.
         """
         self.reader, self.num_experts = reader, num_experts
         self.shapes = {
@@ -64,6 +64,11 @@ class ExpertMatrices:
                 self._stacked[int(found[1]), found[2]] = name
         present: list[int] = sorted({key[0] for key in self._single} | {key[0] for key in self._stacked})
         self.layers = present if layers is None else [layer for layer in present if layer in layers]
+        if lacking := [layer for layer in layers or () if layer not in present]:
+            raise ValueError(
+                f"layer {lacking[0]} of {reader.folder} has no experts' matrices (mlp.experts.*), though its config.json says "
+                "it has experts; the checkpoint is incomplete, download it again"
+            )
         if not self.layers:
             raise ValueError(f"checkpoint {reader.folder} has no experts' matrices (mlp.experts.*) to compress")
         for layer in self.layers:

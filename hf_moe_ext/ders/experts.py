@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_moe_ext.ders.delta_form import MATRICES, DeltaForm, matrix_forms
 from hf_moe_ext.ders.delta_stacks import DeltaStack, LowRankStack, QuantizedStack, SparseStack
 from hf_moe_ext.ders.forward import fused, materialised
-from hf_moe_ext.ders.shared_base import SharedBaseExperts
+from hf_moe_ext.ders.shared_base import SharedBaseExperts, refuse_fused
 from hf_moe_ext.ops.delta_indices import FlatIndices, SeededIndices
 from hf_moe_ext.ops.delta_positions import MaskStream
 
@@ -52,9 +52,11 @@ class DersExperts(nn.Module):
         train_deltas: whether deltas and the experts' biases have; codes of quantised deltas never do.
         forward_path: "fused", or "materialised" as the paper has it.
         hold_positions: keep sparse deltas' positions in memory (4 bytes each) instead of regenerating them at each use.
+        post_norm: norm on each expert's output, before its gate. Materialised forward only, and for a host of one's own, as is
+        gates_on_input: gates multiply the experts' inputs, as Llama 4's do.
 
     Raises:
-        ValueError: a value outside its bounds, a form's number missing, or one of another form given.
+        ValueError: a value outside its bounds, a fused forward with post_norm or gates_on_input, a form's number missing, or one of another form given.
         TypeError: a number that is none.
     """
 
@@ -79,9 +81,13 @@ class DersExperts(nn.Module):
         train_deltas: bool = True,
         forward_path: ForwardPath = "fused",
         hold_positions: bool = False,
+        post_norm: nn.Module | None = None,
+        gates_on_input: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(hidden_dim, intermediate_dim, num_experts, group_size)
+        if forward_path == "fused":
+            refuse_fused(post_norm, gates_on_input)
         if forward_path not in get_args(ForwardPath):
             raise ValueError(f"forward_path must be 'fused' or 'materialised', got {forward_path!r}")
         self.hidden_dim, self.intermediate_dim, self.num_experts = hidden_dim, intermediate_dim, num_experts
@@ -96,6 +102,7 @@ class DersExperts(nn.Module):
                 "hold_positions is for positions of a seed, stored ones are in memory already; leave it out"
             )
         self.forward_path, self.hold_positions = forward_path, hold_positions
+        self.post_norm, self.gates_on_input = post_norm, gates_on_input
         self._held: dict[str, tuple[list[list[int]], list[FlatIndices]]] = {}
 
         first, wide = ("gate_up_proj", 2 * intermediate_dim) if gated else ("up_proj", intermediate_dim)
@@ -171,6 +178,8 @@ class DersExperts(nn.Module):
             act=self.act_fn,
             first_bias=getattr(self, f"{self.first_name}_bias") if self.has_bias else None,
             down_bias=self.down_proj_bias if self.has_bias else None,
+            post_norm=self.post_norm,
+            gates_on_input=self.gates_on_input,
         )
 
     def deltas(self, matrix: str) -> DeltaStack:
@@ -272,12 +281,8 @@ class DersExperts(nn.Module):
 
 
 def _check_sizes(hidden_dim: int, intermediate_dim: int, num_experts: int, group_size: int) -> None:
-    sizes = {
-        "hidden_dim": hidden_dim,
-        "intermediate_dim": intermediate_dim,
-        "num_experts": num_experts,
-        "group_size": group_size,
-    }
+    sizes = {"hidden_dim": hidden_dim, "intermediate_dim": intermediate_dim}
+    sizes |= {"num_experts": num_experts, "group_size": group_size}
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {size!r} ({type(size).__name__})")

@@ -28,7 +28,7 @@ from torch import Tensor
 from hf_moe_ext.ders.delta_stacks import LowRankStack
 from hf_moe_ext.ders.fused_grouped import grouped
 from hf_moe_ext.ders.fused_low_rank import dense_masked, gathered
-from hf_moe_ext.ders.shared_base import SharedBaseExperts
+from hf_moe_ext.ders.shared_base import SharedBaseExperts, refuse_fused
 
 Path = Literal["dense", "grouped", "gathered"]
 
@@ -60,10 +60,16 @@ def materialised(hidden: Tensor, index: Tensor, weights: Tensor, experts: Shared
         *firsts, down = (
             _add(base, stack.matrix(expert), hidden.dtype) for base, stack in zip(bases, experts.deltas, strict=True)
         )
-        rows = F.linear(hidden[token], torch.cat(firsts), first_biases[expert])
+        gates = weights[token, choice, None].to(wide)
+        rows = hidden[token]
+        if experts.gates_on_input:
+            rows, gates = (rows * gates).to(hidden.dtype), torch.ones_like(gates)
+        rows = F.linear(rows, torch.cat(firsts), first_biases[expert])
         inner = experts.activate(rows.split(experts.inner_size, dim=-1))
         rows = F.linear(inner, down, down_biases[expert])
-        output = output.index_add(0, token, rows.to(wide) * weights[token, choice, None].to(wide))
+        if experts.post_norm is not None:
+            rows = experts.post_norm(rows)
+        output = output.index_add(0, token, rows.to(wide) * gates)
     return output.to(hidden.dtype)
 
 
@@ -82,8 +88,9 @@ def fused(
         path: of low-rank deltas, "dense", "grouped" or "gathered"; None chooses.
 
     Raises:
-        ValueError: "dense" or "gathered" with deltas of another form.
+        ValueError: "dense" or "gathered" with deltas of another form; a norm behind the experts, gates on their inputs.
     """
+    refuse_fused(experts.post_norm, experts.gates_on_input)
     sentinels = index != index.clamp(0, experts.num_experts - 1)
     weights = weights.to(torch.promote_types(hidden.dtype, torch.float32)).masked_fill(sentinels, 0.0)
     stacks = tuple(stack for stack in experts.deltas if isinstance(stack, LowRankStack))

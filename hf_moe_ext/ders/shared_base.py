@@ -19,6 +19,8 @@ class SharedBaseExperts:
         act: on the gate, or on the un-gated expert's one input.
         first_bias: [num_experts, 2 * inner] or [num_experts, inner]; None without.
         down_bias: [num_experts, hidden]; None without.
+        post_norm: on an expert's output, before its gate; None without. With one there is no fused forward.
+        gates_on_input: gates multiply the experts' inputs, and outputs are summed as they are. With it there is none either.
     """
 
     first: Tensor
@@ -27,6 +29,8 @@ class SharedBaseExperts:
     act: Callable[[Tensor], Tensor]
     first_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    post_norm: Callable[[Tensor], Tensor] | None = None
+    gates_on_input: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -46,3 +50,17 @@ class SharedBaseExperts:
     def activate(self, parts: tuple[Tensor, ...]) -> Tensor:
         """Gate and up, or up alone, each [..., inner], to the inner rows."""
         return self.act(parts[0]) * parts[1] if len(parts) == 2 else self.act(parts[0])
+
+
+def refuse_fused(post_norm: object, gates_on_input: bool) -> None:
+    """Raise where sum_i g_i h_i cannot stand before ``down``: its output is not used as a sum weighted by the gates.
+
+    Raises:
+        ValueError: a norm behind the experts, or gates on their inputs.
+    """
+    for name, given in (("post_norm", post_norm is not None), ("gates_on_input", gates_on_input)):
+        if given:
+            raise ValueError(
+                "forward_path='fused' sums the chosen experts before down, which asks for gates on the experts' outputs and "
+                f"nothing behind down; these experts have {name}: write forward_path='materialised'"
+            )

@@ -33,7 +33,7 @@ LEAST_SQUARES, MIN_MAX = "least_squares", "min_max"
 _START_RANGES = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8, 0.75, 0.65)
 _START_DEVIATIONS = (1.0, 1.25, 1.5, 2.5, 3.0)
 _NUM_FITS = 6
-_CHUNK_ENTRIES = 2**21
+_CHUNK_ENTRIES = 2**18
 
 
 @dataclass(frozen=True, eq=False)

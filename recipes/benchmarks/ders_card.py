@@ -54,7 +54,8 @@ def _time(part: dict[str, Any]) -> str:
     lines = [
         f"\n### Time of one layer's experts over one dense FFN\n\nHidden {sizes['hidden_size']}, inner "
         f"{sizes['intermediate_size']}, {sizes['num_experts']} experts, {sizes['dtype']}; rank {sizes['rank']}, drop rate "
-        f"{sizes['drop_rate']}, {sizes['bits']} bit; all arms in turns, {sizes['rounds']} rounds.\n",
+        f"{sizes['drop_rate']}, {sizes['bits']} bit; all arms in turns, "
+        f"{sizes['rounds']} rounds (sparse, quantised and materialised: the last {sizes['slow_rounds']}).\n",
         f"| work | tokens | threads | top-k | {' | '.join(arms)} |",
         "|---" * 4 + "|---:" * len(arms) + "|",
     ]

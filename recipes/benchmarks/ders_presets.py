@@ -16,7 +16,9 @@ class LayerPreset:
     bits: int = 4
     num_tokens: int = 512
     num_threads: tuple[int, ...] = (1, 2)
-    rounds: int = 15
+    forward_top_k: int = 2
+    rounds: int = 9
+    slow_rounds: int = 3
     steps: int = 1
     decode_steps: int = 20
     device: str = "cpu"
@@ -71,7 +73,7 @@ class Preset:
 CPU4 = Preset()
 # The paper's own shape (universal FFN left out), one GPU.
 GPU80 = Preset(
-    layer=LayerPreset(num_tokens=8192, num_threads=(1,), device="cuda", dtype="bfloat16", rounds=30, steps=5),
+    layer=LayerPreset(num_tokens=8192, num_threads=(1,), device="cuda", dtype="bfloat16", rounds=30, slow_rounds=10, steps=5),
     memory=MemoryPreset(
         vocab_size=32256, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24, num_attention_heads=16,
         batch_size=4, length=1024, device="cuda", dtype="bfloat16",
@@ -79,7 +81,7 @@ GPU80 = Preset(
 )  # fmt: skip
 SMOKE = Preset(
     layer=LayerPreset(
-        hidden_size=32, intermediate_size=64, num_experts=4, top_k=(1, 2), num_tokens=16, num_threads=(1,), rounds=2,
+        hidden_size=32, intermediate_size=64, num_experts=4, top_k=(1, 2), num_tokens=16, num_threads=(1,), rounds=2, slow_rounds=1,
         decode_steps=2,
     ),
     memory=MemoryPreset(

@@ -73,6 +73,8 @@ def measure_time(preset: LayerPreset) -> dict[str, Any]:
             torch.set_num_threads(num_threads)
             for top_k in preset.top_k:
                 for work, num_tokens in (("step", preset.num_tokens), ("forward", preset.num_tokens), ("decode", 1)):
+                    if work == "forward" and top_k != preset.forward_top_k:
+                        continue
                     cells.append(
                         {"threads": num_threads, "top_k": top_k, "work": work, "tokens": num_tokens}
                         | measure_cell(layers, preset, work, top_k, num_tokens)
@@ -90,16 +92,24 @@ def measure_cell(
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     count = preset.decode_steps if work == "decode" else preset.steps
     for number in range(preset.rounds):
-        names = list(layers)
+        # The slow arms, which nobody compares by percents, in the last rounds only.
+        names = [
+            name for name in layers if name in (DENSE, VANILLA, FUSED) or number >= preset.rounds - preset.slow_rounds
+        ]
         for name in names if number % 2 else reversed(names):
             step = make_step(layers[name], batch, backward=work == "step")
-            walls = [wall for wall, _ in time_steps(step, preset.device, warmup=1, count=count)]
+            warmup = 0 if seconds[name] else 1
+            walls = [wall for wall, _ in time_steps(step, preset.device, warmup, count)]
             seconds[name].append(statistics.median(walls))
     return {
         "seconds": {name: quartiles(values) for name, values in seconds.items()},
-        "ratio": {name: ratio_quartiles(values, seconds[DENSE]) for name, values in seconds.items() if name != DENSE},
+        "ratio": {
+            name: ratio_quartiles(values, seconds[DENSE][-len(values) :])
+            for name, values in seconds.items()
+            if name != DENSE
+        },
         "vanilla_over": {
-            name: ratio_quartiles(seconds[VANILLA], values)
+            name: ratio_quartiles(seconds[VANILLA][-len(values) :], values)
             for name, values in seconds.items()
             if name not in (DENSE, VANILLA)
         },

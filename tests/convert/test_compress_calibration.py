@@ -1,5 +1,6 @@
 """Perplexity before and after, the worst slice, and a bound that keeps a folder from getting its name."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from hf_moe_ext.cli import app
 from hf_moe_ext.convert import compress
 from hf_moe_ext.convert.compress_calibration import read_slices
 from support.upcycled import save_pair
+from support.words import build_tokenizer
 
 
 # Below w30 the special words w0 to w2 would be found in others.
@@ -41,9 +43,8 @@ def loss(folder: Path, texts: list[str]) -> float:
 
 def test_perplexities_and_worst_slice(tmp_path: Path, text: Path) -> None:
     save_pair(tmp_path, scale=0.1)
-    report = compress(
-        tmp_path / "moe", tmp_path / "out", parent=tmp_path / "dense", drop_rate=0.9, calibration=text
-    ).calibration
+    whole = compress(tmp_path / "moe", tmp_path / "out", parent=tmp_path / "dense", drop_rate=0.9, calibration=text)
+    report = whole.calibration
     assert report is not None
     slices = read_slices(text)
     assert {name: len(texts) for name, texts in slices.items()} == {"low": 3, "high": 2, "-": 1}
@@ -55,6 +56,9 @@ def test_perplexities_and_worst_slice(tmp_path: Path, text: Path) -> None:
         rises[name] = after - before
     assert report.worst_slice == max(rises, key=rises.__getitem__)
     assert report.worst_rise == pytest.approx(max(rises.values()), abs=1e-5)
+    num_tokens = {"low": 117, "high": 78, "-": 39}[report.worst_slice]
+    said = f"worst slice {report.worst_slice!r} ({report.worst_rise:+.4f} on {num_tokens} tokens)"
+    assert said in whole.as_text()
     everything = [each for texts in slices.values() for each in texts]
     assert report.num_tokens == 6 * 39
     assert report.perplexity_before == pytest.approx(math.exp(loss(tmp_path / "moe", everything)), rel=1e-5)
@@ -76,6 +80,30 @@ def test_a_rise_above_the_bound_is_not_done(tmp_path: Path, text: Path) -> None:
         compress(tmp_path / "moe", tmp_path / "out", max_loss=rise * 0.9, **keys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "free", "moe", "text.jsonl"]
     compress(tmp_path / "moe", tmp_path / "out", max_loss=rise * 1.1, **keys)
+
+
+def test_a_text_that_cannot_be_measured_is_refused_before_any_work(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pair(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("it measured first")
+
+    monkeypatch.setattr(importlib.import_module("hf_moe_ext.convert.compress"), "measure_all", fail)
+    keys = {"parent": tmp_path / "dense", "calibration": text}
+    build_tokenizer(320).save_pretrained(tmp_path / "moe")
+    text.write_text(json.dumps({"text": "w300 w301"}))
+    with pytest.raises(ValueError, match="gives token 301, the model has vocab_size=96"):
+        compress(tmp_path / "moe", tmp_path / "out", **keys)
+    text.write_text(json.dumps({"text": "w50"}))
+    with pytest.raises(ValueError, match="no two tokens of any text"):
+        compress(tmp_path / "moe", tmp_path / "out", **keys)
+    for path in (tmp_path / "moe").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="has no tokenizer that can be read"):
+        compress(tmp_path / "moe", tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_slices_of_texts_and_folders(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -90,6 +91,21 @@ def test_shared_base_checkpoints_store_the_expert_that_changed(tmp_path: Path) -
     assert file_hashes(tmp_path / "reverted") == file_hashes(tmp_path / "before")
 
 
+def test_codes_are_never_coded_again(tmp_path: Path) -> None:
+    """With an encoding too, deltas of a shared base are stored bit for bit."""
+    _, moe = save_pair(tmp_path)
+    keys = {"parent": tmp_path / "dense", "encode": "svd", "rank": 4}
+    compress(tmp_path / "moe", tmp_path / "before", **keys)
+    with torch.no_grad():
+        moe.model.layers[0].mlp.experts.down_proj[1] *= 1.01
+    moe.save_pretrained(tmp_path / "moe")
+    compress(tmp_path / "moe", tmp_path / "after", **keys)
+    encoding = Encoding("quantize", bits=4)
+    report = diff_checkpoints(tmp_path / "before", tmp_path / "after", tmp_path / "delta", encoding=encoding)
+    assert sorted(report.changes) == [f"model.layers.0.mlp.experts.delta_down_{part}[1]" for part in "AB"]
+    assert report.lossless
+
+
 def test_with_loss_of_stacked_and_single_matrices(tmp_path: Path) -> None:
     _, moe = save_pair(tmp_path)
     with torch.no_grad():
@@ -112,6 +128,26 @@ def test_with_loss_of_stacked_and_single_matrices(tmp_path: Path) -> None:
             revert_delta(output, delta, tmp_path / "reverted")
 
 
+def test_a_damaged_code_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """With loss nothing else tells: any bits are a code of something."""
+    base, new = pair
+    diff_checkpoints(base, new, tmp_path / "delta", encoding=Encoding("svd", rank=2))
+    path = tmp_path / "delta/delta.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(ValueError, match=r"has another hash than delta\.json says"):
+        apply_delta(base, tmp_path / "delta", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_delta_within_the_output_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, new = pair
+    diff_checkpoints(base, new, new / "delta")
+    with pytest.raises(FileExistsError, match="is or holds"):
+        apply_delta(base, new / "delta", new, overwrite=True)
+    assert (new / "delta/delta.json").is_file()
+
+
 def test_a_wrong_base_is_refused_by_hash(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, new = pair
     diff_checkpoints(base, new, tmp_path / "delta")
@@ -126,6 +162,14 @@ def test_a_wrong_base_is_refused_by_hash(pair: tuple[Path, Path], tmp_path: Path
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"embed_tokens.weight has another hash"):
         apply_delta(tmp_path / "other", tmp_path / "delta", tmp_path / "out")
+    # The same bytes in another shape are another tensor.
+    shutil.copytree(base, tmp_path / "turned")
+    for path in (tmp_path / "turned").glob("*.safetensors"):
+        tensors = load_file(path)
+        turned = {n: t.view(t.shape[::-1]) if "embed_tokens" in n else t for n, t in tensors.items()}
+        save_file(turned, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has another hash"):
+        apply_delta(tmp_path / "turned", tmp_path / "delta", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -147,6 +191,8 @@ def test_other_models_and_damaged_deltas(pair: tuple[Path, Path], tmp_path: Path
         ({"format": "other"}, "is of format 'other'"),
         ({"changes": [{"name": "x"}]}, "delta.json is damaged"),
         ({"surprise": 1}, "delta.json is damaged"),
+        ({"new_hashes": {**content["new_hashes"], "model.norm.weight": "0"}}, "norm.weight did not come out as it was"),
+        ({"new_files": ["../config.json"]}, r"names '../config.json', which is no file of a checkpoint folder"),
     ):
         description.write_text(json.dumps({**content, **changed}))
         with pytest.raises(ValueError, match=words):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -85,3 +86,14 @@ def read_logits(model: Any) -> Tensor:
 def load_logits(folder: Path, **arguments: Any) -> Tensor:
     """Of the model in a folder."""
     return read_logits(AutoModelForCausalLM.from_pretrained(folder, **arguments))
+
+
+def check_equal(found: Tensor, wanted: Tensor) -> None:
+    """Logits of the order of 1, equal to 1e-6."""
+    assert 0.1 < wanted.abs().max() < 2
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, as stored."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -132,7 +132,8 @@ def naive(module: DersExperts, hidden: Tensor, index: Tensor, weights: Tensor) -
     elif module.has_bias:
         biases = {"up": stored["up_proj_bias"], "down": stored["down_proj_bias"]}
     deltas = {matrix: matrices(module, matrix) for matrix in base}
-    return shared_base_experts(hidden, index, weights, base, deltas, biases, module.act_fn)
+    rules = (module.act_fn, module.post_norm, module.gates_on_input)
+    return shared_base_experts(hidden, index, weights, base, deltas, biases, *rules)
 
 
 def gradients(module: DersExperts, output: Tensor, hidden: Tensor, weights: Tensor) -> dict[str, Tensor]:

@@ -47,6 +47,8 @@ def shared_base_experts(
     deltas: Mapping[str, Sequence[Tensor]],
     biases: Mapping[str, Tensor],
     act: Callable[[Tensor], Tensor],
+    post_norm: Callable[[Tensor], Tensor] | None = None,
+    gates_on_input: bool = False,
 ) -> Tensor:
     """Output of the layer's experts, [tokens, hidden], float64.
 
@@ -58,6 +60,8 @@ def shared_base_experts(
         deltas: of the same names, N matrices each.
         biases: of the same names, [N, out] each; empty without.
         act: on the gate; of un-gated experts on up.
+        post_norm: on an expert's output.
+        gates_on_input: weights multiply an expert's input in the place of its output.
     """
     num_experts = len(deltas["up"])
 
@@ -71,8 +75,12 @@ def shared_base_experts(
         for n in range(index.shape[1]):
             i = int(index[t, n])
             if 0 <= i < num_experts:
-                up = project("up", i, h)
-                inner = act(project("gate", i, h)) * up if "gate" in base else act(up)
-                row = row + weights[t, n].double() * project("down", i, inner)
+                gate = weights[t, n].double()
+                x = gate * h if gates_on_input else h
+                up = project("up", i, x)
+                inner = act(project("gate", i, x)) * up if "gate" in base else act(up)
+                output = project("down", i, inner)
+                output = output if post_norm is None else post_norm(output)
+                row = row + (output if gates_on_input else gate * output)
         rows.append(row)
     return torch.stack(rows)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -117,3 +118,19 @@ def save_pair(
 def token_ids(seed: int = 2) -> Tensor:
     """[4, 24]."""
     return torch.randint(3, VOCAB_SIZE, (4, 24), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """Of ``token_ids``, in eval mode."""
+    return model.eval()(input_ids=token_ids()).logits
+
+
+def load(folder: Path) -> Any:
+    """The model of a folder."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| over ||wanted||."""
+    return float((found - wanted).norm() / wanted.norm())

@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerFast
 from support import zoo
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(num_words: int = zoo.VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """Id i is the word ``w{i}``; the special ids are those of the zoo's models."""
-    vocabulary = {f"w{i}": i for i in range(zoo.VOCAB_SIZE)}
+    vocabulary = {f"w{i}": i for i in range(num_words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
