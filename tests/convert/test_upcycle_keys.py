@@ -83,7 +83,7 @@ def test_warnings(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
     save_dense(tmp_path / "dense")
     report = upcycle(tmp_path / "dense", tmp_path / "moe", dry_run=True, **settings)
     assert any(re.search(words, text) for text in report.warnings), report.warnings
-    assert words.split(" ")[0] in report.format()
+    assert words.split(" ")[0] in report.as_text()
 
 
 @pytest.mark.parametrize("settings", [{}, {"form": "vanilla"}, {"delta": "sparse"}, {"top_k": 1, "universal": "keep"}])
