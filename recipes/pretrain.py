@@ -109,9 +109,21 @@ def pretrain(arguments: PretrainArguments, command: str) -> dict[str, Any]:
 
 
 def build_trainer(
-    arguments: PretrainArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packed: Packed
+    arguments: PretrainArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    packed: Packed,
+    optimizer: Any = None,
 ) -> Trainer:
-    """A plain Trainer; `--eval_strategy` measures the first `--max_curve_samples` held-out rows, `--mup` has its groups."""
+    """A plain Trainer; `--eval_strategy` measures the first `--max_curve_samples` held-out rows, `--mup` has its groups.
+
+    Args:
+        arguments: The run's.
+        model: That is trained.
+        tokenizer: The model's.
+        packed: Rows of both sides.
+        optimizer: Class and arguments; None for what `--optim` and `--mup` say.
+    """
     curve, limit = packed.held_out, arguments.data.max_curve_samples
     return Trainer(
         model=model,
@@ -120,7 +132,7 @@ def build_trainer(
         eval_dataset=curve if limit is None else curve.select(range(min(limit, len(curve)))),
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=choose_optimizer(model, arguments.training),
+        optimizer_cls_and_kwargs=optimizer or choose_optimizer(model, arguments.training),
         preprocess_logits_for_metrics=sum_nats,
         # The loss that the Trainer reports holds the router's auxiliary loss too; this one does not.
         compute_metrics=lambda prediction: {"nats_per_token": RowLosses(*np.asarray(prediction.predictions).T).mean},

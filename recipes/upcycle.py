@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from accelerate import PartialState
 from distribution import build_distributed_config
@@ -176,7 +184,8 @@ def train_arm(
     known = None if checkpoint is None else read_measurement(checkpoint, BEFORE)
     model, report = load_start(arm, parent, own)
     set_seed(own.training.seed)  # rows in the same order in every arm
-    trainer = build_trainer(own, model, tokenizer, packed)  # type: ignore[arg-type]  # the arguments it reads are the same
+    optimizer = group_deltas(model, own.training, own.model.delta_learning_rate_ratio)
+    trainer = build_trainer(own, model, tokenizer, packed, optimizer)  # type: ignore[arg-type]  # it reads no others
     held_out = HeldOutText(packed.held_out)
     first = MeasureFirst(trainer, held_out, own.output_dir / BEFORE, known)  # type: ignore[arg-type]  # the same method
     trainer.add_callback(first)
@@ -239,6 +248,34 @@ def load_start(arm: str, parent: Path, arguments: UpcycleArguments) -> tuple[Pre
         if arguments.training.process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)
     return model, report
+
+
+def group_deltas(
+    model: PreTrainedModel, training: TrainingArguments, ratio: float
+) -> tuple[Any, dict[str, Any]] | None:
+    """The Trainer's optimizer with a learning rate of their own for the deltas, which decay as fast as all else.
+
+    Returns:
+        Class and arguments; None where there is nothing to set apart.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((".experts.delta_" in name, parameter.ndim > 1), []).append(parameter)
+    if ratio == 1 or not any(of_deltas for of_deltas, _ in groups):
+        return None
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+    factors = {key: ratio if key[0] else 1.0 for key in groups}
+    return kind, settings | {
+        "params": [
+            {
+                "params": parameters,
+                "lr": training.learning_rate * factors[key],
+                "weight_decay": training.weight_decay / factors[key] if key[1] else 0.0,
+            }
+            for key, parameters in groups.items()
+        ]
+    }
 
 
 @torch.no_grad()

@@ -44,6 +44,9 @@ class UpcycleModelArguments(LayoutArguments):
         metadata={"help": "An FFN that every token passes: none, whole, or one more delta on the shared base."},
     )
     router_aux_loss_coef: float = field(default=0.01, metadata={"help": "Weight of the load-balance loss."})
+    delta_learning_rate_ratio: float = field(
+        default=1.0, metadata={"help": "Learning rate of the deltas over --learning_rate, which everything else has."}
+    )
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Type the weights are held in."})
 
 
@@ -127,6 +130,8 @@ def _check_values(arguments: UpcycleArguments) -> None:
     unknown = [arm for arm in model.arms if arm not in ARMS]
     if unknown or not model.arms or len(set(model.arms)) < len(model.arms):
         raise UserError(f"--arms must be some of {', '.join(ARMS)}, each once; got {' '.join(model.arms) or 'none'}.")
+    if not 0 < model.delta_learning_rate_ratio < float("inf"):
+        raise UserError(f"--delta_learning_rate_ratio must be above 0, got {model.delta_learning_rate_ratio}.")
     if data.tokenizer_name_or_path != "trained":
         raise UserError("--tokenizer_name_or_path: the parent's own tokenizer is used; leave it out.")
     if model.parent != QUICKSTART_PARENT:

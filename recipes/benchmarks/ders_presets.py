@@ -51,6 +51,7 @@ class QualityPreset:
 
     arms: tuple[str, ...] = ("low_rank", "sparse", "vanilla", "dense")
     learning_rates: tuple[str, ...] = ("5e-4", "1e-3", "2e-3", "4e-3")
+    delta_ratios: tuple[str, ...] = ("1", "8", "32")  # of the deltas' rate, at the best rate with ratio 1
     search_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     flags: tuple[str, ...] = ("--max_steps", "300", "--per_device_train_batch_size", "4", "--max_eval_samples", "192")
@@ -88,7 +89,7 @@ SMOKE = Preset(
         vocab_size=64, hidden_size=128, intermediate_size=344, num_hidden_layers=1, num_attention_heads=2, batch_size=1, length=16
     ),
     quality=QualityPreset(
-        arms=("low_rank", "vanilla"), learning_rates=("1e-3",), seeds=(0, 1), drop_rates=(0.5, 0.9), mask_seeds=(0,),
+        arms=("low_rank", "vanilla"), learning_rates=("1e-3",), delta_ratios=("1", "4"), seeds=(0, 1), drop_rates=(0.5, 0.9), mask_seeds=(0,),
         bits=(4, 1), group_size=16, num_rows=2,
         flags=(
             "--max_steps", "3", "--warmup_steps", "1", "--max_eval_samples", "4", "--max_length", "32",

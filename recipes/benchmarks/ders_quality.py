@@ -14,7 +14,7 @@ from cells import Cell, run_cells
 from dcca_loss import STUDENT_T, relative_difference
 from ders_presets import QualityPreset
 
-VANILLA, DENSE = "vanilla", "dense"
+VANILLA, DENSE, WITH_DELTAS = "vanilla", "dense", ("low_rank", "sparse")
 GAIN_BAR = 0.05  # nats per token that every arm must gain on its own step 0
 
 
@@ -41,8 +41,18 @@ def measure_quality(preset: QualityPreset, options: argparse.Namespace) -> dict[
         for arm in preset.arms
     }
     rates = {arm: min(losses, key=losses.__getitem__) for arm, losses in tried.items()}
+    ratio_search = {
+        (arm, ratio): make_cell(preset, options, arm, rates[arm], preset.search_seed, data_seed=1, ratio=ratio)
+        for arm in preset.arms
+        for ratio in (preset.delta_ratios if arm in WITH_DELTAS else ("1",))
+    }
+    found = run_cells(ratio_search.values(), work_dir, options.jobs, threads=1)
+    tried_ratios: dict[str, dict[str, float]] = {arm: {} for arm in preset.arms}
+    for (arm, ratio), cell in ratio_search.items():
+        tried_ratios[arm][ratio] = found[cell.name]["loss"]["after"]
+    ratios = {arm: min(losses, key=losses.__getitem__) for arm, losses in tried_ratios.items()}
     cells = {
-        (arm, seed): make_cell(preset, options, arm, rates[arm], seed, data_seed=0)
+        (arm, seed): make_cell(preset, options, arm, rates[arm], seed, data_seed=0, ratio=ratios[arm])
         for seed in preset.seeds
         for arm in preset.arms
     }
@@ -56,13 +66,29 @@ def measure_quality(preset: QualityPreset, options: argparse.Namespace) -> dict[
         "tokens_per_step": first["tokens_per_step"],
         "held_out_rows": first["loss"]["rows"],
         "arms": {
-            arm: {"tried": tried[arm], "chosen": rates[arm]} | summarize_arm(runs[arm], runs) for arm in preset.arms
+            arm: {"tried": tried[arm], "chosen": rates[arm], "tried_ratios": tried_ratios[arm], "ratio": ratios[arm]}
+            | summarize_arm(runs[arm], runs)
+            for arm in preset.arms
         },
+        "with_one_rate": compare_one_rate(preset, options, rates, ratios),
     }
 
 
+def compare_one_rate(
+    preset: QualityPreset, options: argparse.Namespace, rates: dict[str, str], ratios: dict[str, str]
+) -> dict[str, Any]:
+    """The arms whose deltas have a rate of their own, with the rate of everything else, over the same seeds."""
+    work_dir, found = options.work_dir / "quality", {}
+    for arm in (arm for arm in preset.arms if ratios[arm] != "1"):
+        cells = {seed: make_cell(preset, options, arm, rates[arm], seed, data_seed=0) for seed in preset.seeds}
+        measured = run_cells(cells.values(), work_dir, options.jobs, threads=1)
+        runs = {seed: measured[cell.name]["arms"][arm] for seed, cell in cells.items()}
+        found[arm] = summarize_arm(runs, {arm: runs})
+    return found
+
+
 def make_cell(
-    preset: QualityPreset, options: argparse.Namespace, arm: str, rate: str, seed: int, data_seed: int
+    preset: QualityPreset, options: argparse.Namespace, arm: str, rate: str, seed: int, data_seed: int, ratio: str = "1"
 ) -> Cell:
     """One run of one arm."""
     words = (
@@ -70,8 +96,9 @@ def make_cell(
         *("--cache_dir", str(options.work_dir.resolve()), "--use_cpu", "true", *preset.flags),
         *("--arms", arm, "--learning_rate", rate, "--seed", str(seed), "--data_seed", str(data_seed)),
         *(() if options.source_dir is None else ("--source_dir", str(options.source_dir))),
+        *(() if ratio == "1" else ("--delta_learning_rate_ratio", ratio)),
     )
-    return Cell(f"{arm}-{rate}-{seed}", words, "upcycle.py")
+    return Cell(f"{arm}-{rate}-{seed}" + ("" if ratio == "1" else f"-x{ratio}"), words, "upcycle.py")
 
 
 def prepare_parent(preset: QualityPreset, options: argparse.Namespace) -> Path:
