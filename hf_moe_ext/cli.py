@@ -149,7 +149,7 @@ def traffic(
     sent. Exit code: 2 where the traffic cannot be told.
     """
     from hf_moe_ext.dcca.traffic import TrafficError, compute_traffic, read_layers
-    from hf_moe_ext.scaling.cost import IMPLEMENTATIONS
+    from hf_moe_ext.scaling.exchange import IMPLEMENTATIONS
 
     element_bytes = {"float32": 4, "float64": 8}.get(dtype, 2)
     wanted = IMPLEMENTATIONS if implementation is None else (implementation,)

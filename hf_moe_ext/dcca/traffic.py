@@ -12,7 +12,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from hf_moe_ext.dcca.traffic_callback import FORMAT
 from hf_moe_ext.host.blocks import read_experts
 from hf_moe_ext.host.families import ACTIVE_KEYS, active_experts
-from hf_moe_ext.scaling import cost
+from hf_moe_ext.scaling.exchange import (
+    IMPLEMENTATIONS,
+    INFERENCE,
+    RECOMPUTED,
+    TRAINING,
+    Exchange,
+    Implementation,
+    LayerBytes,
+    Passes,
+    expect_sent,
+    layer_bytes,
+)
 
 
 class TrafficError(ValueError):
@@ -43,11 +54,11 @@ class LayerTraffic:
     """Bytes one rank sends to others in one layer: forward, and in a training step."""
 
     layer: MoeLayer
-    implementation: cost.Implementation
+    implementation: Implementation
     rows: float
-    forward: cost.LayerBytes
-    training: cost.LayerBytes
-    training_at_full_width: cost.LayerBytes
+    forward: LayerBytes
+    training: LayerBytes
+    training_at_full_width: LayerBytes
 
     @property
     def payload_ratio(self) -> float:
@@ -71,14 +82,14 @@ class Traffic:
     ep_size: int
     num_tokens: int
     element_bytes: int
-    passes: cost.Passes
-    layers: dict[cost.Implementation, list[LayerTraffic]]
+    passes: Passes
+    layers: dict[Implementation, list[LayerTraffic]]
     measured: dict[str, Any] | None = None
 
-    def step_bytes(self, implementation: cost.Implementation) -> cost.LayerBytes:
+    def step_bytes(self, implementation: Implementation) -> LayerBytes:
         """One training step, all layers."""
         rows = [row.training for row in self.layers[implementation]]
-        return cost.LayerBytes(
+        return LayerBytes(
             sum(row.payload for row in rows),
             sum(row.metadata for row in rows),
             sum(row.num_collectives for row in rows),
@@ -171,12 +182,12 @@ def compute_traffic(
     layers: list[MoeLayer],
     ep_size: int,
     num_tokens: int,
-    implementations: tuple[cost.Implementation, ...] = cost.IMPLEMENTATIONS,
+    implementations: tuple[Implementation, ...] = IMPLEMENTATIONS,
     element_bytes: int = 2,
     recomputed: bool = False,
     measured: Path | None = None,
 ) -> Traffic:
-    """The formulas of `hf_moe_ext.scaling.cost` for every layer, uniform routing.
+    """The formulas of `hf_moe_ext.scaling.exchange` for every layer, uniform routing.
 
     Args:
         layers: of `read_layers`.
@@ -193,8 +204,8 @@ def compute_traffic(
     for name, value in (("ep", ep_size), ("tokens", num_tokens)):
         if value < 1:
             raise TrafficError(f"--{name} must be at least 1, got {value}")
-    passes = cost.RECOMPUTED if recomputed else cost.TRAINING
-    rows: dict[cost.Implementation, list[LayerTraffic]] = {}
+    passes = RECOMPUTED if recomputed else TRAINING
+    rows: dict[Implementation, list[LayerTraffic]] = {}
     try:
         for implementation in implementations:
             rows[implementation] = [
@@ -208,24 +219,24 @@ def compute_traffic(
 
 def _compute_layer(
     layer: MoeLayer,
-    implementation: cost.Implementation,
+    implementation: Implementation,
     ep_size: int,
     num_tokens: int,
     element_bytes: int,
-    passes: cost.Passes,
+    passes: Passes,
 ) -> LayerTraffic:
     narrow, full = (
-        cost.Exchange(width, layer.num_experts, layer.top_k, ep_size, element_bytes)
+        Exchange(width, layer.num_experts, layer.top_k, ep_size, element_bytes)
         for width in (layer.width, layer.hidden_size)
     )
-    sent = cost.expect_sent(narrow, implementation, num_tokens)
+    sent = expect_sent(narrow, implementation, num_tokens)
     return LayerTraffic(
         layer,
         implementation,
         sent.rows,
-        forward=cost.layer_bytes(narrow, implementation, sent, cost.INFERENCE),
-        training=cost.layer_bytes(narrow, implementation, sent, passes),
-        training_at_full_width=cost.layer_bytes(full, implementation, sent, passes),
+        forward=layer_bytes(narrow, implementation, sent, INFERENCE),
+        training=layer_bytes(narrow, implementation, sent, passes),
+        training_at_full_width=layer_bytes(full, implementation, sent, passes),
     )
 
 

@@ -8,7 +8,7 @@ A gated FFN has 3 matrices, a plain one 2. *Matrix* parameters are those a token
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_moe_ext.scaling.cost import layer_parameters
+from hf_moe_ext.scaling.layer_counts import layer_parameters
 from hf_moe_ext.scaling.size_checks import check_at_least
 
 DeltaForm = Literal["low_rank", "sparse", "quantized"]

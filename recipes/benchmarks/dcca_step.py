@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from hf_moe_ext import MixtralExtConfig
-from hf_moe_ext.scaling.cost import Exchange, Implementation, expect_sent, layer_bytes
+from hf_moe_ext.scaling.exchange import Exchange, Implementation, expect_sent, layer_bytes
 
 STANDARD, DCCA = "standard", "dcca"
 STOCK: Implementation = "all_to_all"

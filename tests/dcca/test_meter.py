@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_moe_ext.dcca.meter import KEYS, TrafficMeter
-from hf_moe_ext.scaling import cost
+from hf_moe_ext.scaling.exchange import Exchange, count_sent, layer_bytes
 from support import expert_exchange as work
 from support import traffic_ranks, zoo
 from support.latent_models import make_model
@@ -73,9 +73,7 @@ def expected_flows(
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_counts_calls_and_routing(world_size):
     case = work.build_case([7, 4, 0, 9][:world_size])
-    exact = cost.Exchange(
-        work.WIDTH, work.NUM_EXPERTS, work.TOP_K, world_size, FLOAT64_BYTES, weight_bytes=FLOAT64_BYTES
-    )
+    exact = Exchange(work.WIDTH, work.NUM_EXPERTS, work.TOP_K, world_size, FLOAT64_BYTES, weight_bytes=FLOAT64_BYTES)
     formula = {name: [0.0, 0.0] for name in work.BOTH}
     measured = {name: [0.0, 0.0] for name in work.BOTH}
     for rank, results in enumerate(run_ranks(traffic_ranks.metered, world_size, case)):
@@ -99,8 +97,8 @@ def test_counts_calls_and_routing(world_size):
                 assert sum(f["num_calls"] for f in counted) == len(called)
                 assert sum(f["off_rank_bytes"] + f["own_bytes"] for f in counted) == sum(called)
                 measured[name][not payload] += sum(f["off_rank_bytes"] for f in counted)
-            sent = cost.count_sent(exact, name, case.top_k_index[rank].tolist(), rank)
-            by_formula = cost.layer_bytes(exact, name, sent)
+            sent = count_sent(exact, name, case.top_k_index[rank].tolist(), rank)
+            by_formula = layer_bytes(exact, name, sent)
             formula[name][0] += by_formula.payload
             formula[name][1] += by_formula.metadata
             assert sum(f["num_calls"] for f in found["flows"]) == by_formula.num_collectives

@@ -14,7 +14,7 @@ from hf_moe_ext.dcca.meter import TrafficMeter
 from hf_moe_ext.dcca.traffic import MoeLayer, TrafficError, compute_traffic, read_layers, read_measurement
 from hf_moe_ext.dcca.traffic_callback import TrafficCallback, summarize, write_report
 from hf_moe_ext.dcca.traffic_table import format_bytes
-from hf_moe_ext.scaling import cost
+from hf_moe_ext.scaling.exchange import IMPLEMENTATIONS, INFERENCE, Exchange, expect_sent, layer_bytes
 from support import traffic_ranks, zoo
 from support.ranks import run_ranks
 
@@ -56,16 +56,14 @@ def test_command_prints_the_formula(tmp_path):
     result = run("--config", f"{folder}/config.json", "--ep", "4", "--tokens", "100", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    for name in cost.IMPLEMENTATIONS:
-        exchange = cost.Exchange(8, 8, 3, 4)
-        sent = cost.expect_sent(exchange, name, 100)
-        one = cost.layer_bytes(exchange, name, sent)
+    for name in IMPLEMENTATIONS:
+        exchange = Exchange(8, 8, 3, 4)
+        sent = expect_sent(exchange, name, 100)
+        one = layer_bytes(exchange, name, sent)
         mine = found["implementations"][name]
         assert len(mine["layers"]) == 2
         assert mine["layers"][0]["training"]["payload"] == one.payload
-        assert (
-            mine["layers"][0]["forward"]["metadata"] == cost.layer_bytes(exchange, name, sent, cost.INFERENCE).metadata
-        )
+        assert mine["layers"][0]["forward"]["metadata"] == layer_bytes(exchange, name, sent, INFERENCE).metadata
         assert mine["layers"][0]["payload_ratio"] == 0.25
         assert mine["layers"][0]["training"]["payload"] * 4 == mine["layers"][0]["training_at_full_width"]["payload"]
         assert mine["step"]["payload"] == 2 * one.payload

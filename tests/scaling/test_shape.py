@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_moe_ext  # noqa: F401  (makes the loaders know our types)
-from hf_moe_ext.scaling import cost, ders_accounting
+from hf_moe_ext.scaling import ders_accounting, layer_counts
 from hf_moe_ext.scaling.attention import GroupedAttention, LatentAttention
 from hf_moe_ext.scaling.feed_forward import DenseFfn, MoeFfn
 from hf_moe_ext.scaling.hf_config import DEFAULTS
@@ -257,12 +257,12 @@ def test_steplaw_identities(top_k, num_experts, width, shared, total, active, fl
 
 
 def test_forward_flops_agree_with_the_layer_formulas():
-    """``cost.token_flops`` counts one layer; the shape counts the same for a standard and a latent model."""
+    """``layer_counts.token_flops`` counts one layer; the shape counts the same for a standard and a latent model."""
     for block, latent in (("standard", None), ("dcca", 24)):
         layer = MoeFfn(7, 3, 40, gated=latent is None, latent_size=latent)
         shape = MoeShape.uniform(3, 96, layer, num_heads=4, vocab_size=50, context_length=33)
         terms = shape.forward_flops()
-        one = cost.token_flops(block, 96, 7, 3, 40, 33, latent, gated=latent is None)
+        one = layer_counts.token_flops(block, 96, 7, 3, 40, 33, latent, gated=latent is None)
         assert terms.total - terms.unembedding == 3 * one.total
         assert shape.training_flops(router_flops_per_weight=6).total == 3 * terms.total
 

@@ -1,14 +1,9 @@
-"""Parameters, FLOPs and all-to-all bytes of MoE layers: the one owner of these formulas.
+"""Bytes that expert parallelism sends, and when sending less pays: the one owner of these formulas.
 
-Every function is one formula on plain numbers. Two sets stand side by side: ``paper_*`` exactly as printed in BigMac's
-Table 3 (arXiv 2502.16927), flaws included, and the corrected ones, which count what a layer really has and sends.
+``paper_*`` is exactly as printed in BigMac's Table 3 (arXiv 2502.16927); the others count what a layer really sends.
 
-Symbols: H `hidden_size`, R `latent_size` (r = R / H), E `num_experts`, k `top_k`, F `intermediate_size`, L `num_layers`,
-V `vocab_size`, P `num_ranks` that share a layer's experts, b `num_sequences`, s `sequence_length`, T `num_tokens` of one
-rank. CDAC is the ordinary fine-grained MoE, with experts H -> R -> H; DCCA has experts R -> F -> R between one descend
-H -> R and one ascend R -> H per layer.
-
-A FLOP is one multiplication or one addition; 1 GiB is 2**30 bytes.
+Symbols: H `hidden_size`, R `latent_size` (r = R / H), E `num_experts`, k `top_k`, L `num_layers`, P `num_ranks` that share a
+layer's experts, b `num_sequences`, s `sequence_length`, T `num_tokens` of one rank. 1 GiB is 2**30 bytes.
 """
 
 from collections.abc import Sequence
@@ -18,43 +13,8 @@ from typing import Literal
 
 GIB_BYTES = 2**30
 
-Block = Literal["standard", "dcca"]
 Implementation = Literal["all_to_all", "latent_all_to_all"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("all_to_all", "latent_all_to_all")
-
-# --- As printed in Table 3 -----------------------------------------------------------------------------------------
-
-
-def paper_parameters(
-    block: Block, hidden_size: int, latent_size: int, num_experts: int, num_layers: int, vocab_size: int
-) -> int:
-    """Parameters of a whole GPT-3-style model: (4H^2 + 8H + (2RH + 2R)E)L + (V + E + 2)H, DCCA 2RHL more.
-
-    Printed flaws: the router E H is counted once instead of L times, and an expert's biases as 2R instead of R + H.
-    """
-    per_layer = 4 * hidden_size**2 + 8 * hidden_size + (2 * latent_size * hidden_size + 2 * latent_size) * num_experts
-    total = per_layer * num_layers + (vocab_size + num_experts + 2) * hidden_size
-    return total + (2 * latent_size * hidden_size * num_layers if block == "dcca" else 0)
-
-
-def paper_iteration_flops(
-    block: Block,
-    hidden_size: int,
-    latent_size: int,
-    top_k: int,
-    num_layers: int,
-    vocab_size: int,
-    num_sequences: int,
-    sequence_length: int,
-) -> int:
-    """FLOPs of one training iteration: 12 b s L H^2 (2 + s/H + V/(2LH) + rk), DCCA 12 b s L R H more.
-
-    Three times a forward pass; the router is left out, as printed. Table 4 has V padded to 50,304.
-    """
-    per_layer = 2 * hidden_size**2 + sequence_length * hidden_size + latent_size * hidden_size * top_k
-    if block == "dcca":
-        per_layer += latent_size * hidden_size
-    return num_sequences * sequence_length * (12 * num_layers * per_layer + 6 * vocab_size * hidden_size)
 
 
 def paper_iteration_all_to_all_bytes(
@@ -67,114 +27,6 @@ def paper_iteration_all_to_all_bytes(
     """
     whole = 8 * num_sequences * sequence_length * num_layers * width * top_k * (num_ranks - 1)
     return whole // num_ranks if whole % num_ranks == 0 else whole / num_ranks
-
-
-# --- Corrected: parameters and FLOPs ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerParameters:
-    """Parameters of one MoE layer, without biases.
-
-    Attributes:
-        experts: all routed experts.
-        projections: descend and ascend.
-        router: the router's weight.
-    """
-
-    experts: int
-    projections: int
-    router: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.experts + self.projections + self.router
-
-
-def layer_parameters(
-    block: Block,
-    hidden_size: int,
-    num_experts: int,
-    intermediate_size: int,
-    latent_size: int | None = None,
-    gated: bool = False,
-) -> LayerParameters:
-    """Parameters of one MoE layer: experts E g width F, projections 2HR, router EH; g = 3 gated, else 2.
-
-    Args:
-        block: "standard": experts of width H, no projections. "dcca": experts of width R.
-        hidden_size: H.
-        num_experts: E.
-        intermediate_size: F, the inner width of an expert.
-        latent_size: R; only for "dcca".
-        gated: whether an expert has three matrices.
-    """
-    width = _expert_width(block, hidden_size, latent_size)
-    matrices = 3 if gated else 2
-    projections = 2 * hidden_size * width if block == "dcca" else 0
-    return LayerParameters(
-        experts=num_experts * matrices * width * intermediate_size,
-        projections=projections,
-        router=num_experts * hidden_size,
-    )
-
-
-def model_parameters(
-    block: Block, hidden_size: int, latent_size: int, num_experts: int, num_layers: int, vocab_size: int
-) -> int:
-    """The model of `paper_parameters` with its flaws mended: a router per layer, expert biases of R and of H."""
-    mended = (num_layers - 1) * num_experts * hidden_size + num_layers * num_experts * (hidden_size - latent_size)
-    return paper_parameters(block, hidden_size, latent_size, num_experts, num_layers, vocab_size) + mended
-
-
-@dataclass(frozen=True)
-class TokenFlops:
-    """Forward FLOPs of one token in one layer; a training step costs three times as much."""
-
-    attention: int
-    router: int
-    experts: int
-    projections: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.attention + self.router + self.experts + self.projections
-
-
-def token_flops(
-    block: Block,
-    hidden_size: int,
-    num_experts: int,
-    top_k: int,
-    intermediate_size: int,
-    sequence_length: int,
-    latent_size: int | None = None,
-    gated: bool = False,
-) -> TokenFlops:
-    """Forward FLOPs of one token in one layer: attention 8H^2 + 4sH, router 2HE, experts 2 g k width F, projections 4HR.
-
-    For un-gated experts with F = H the projections cost 1/k of the experts.
-    """
-    width = _expert_width(block, hidden_size, latent_size)
-    return TokenFlops(
-        attention=8 * hidden_size**2 + 4 * sequence_length * hidden_size,
-        router=2 * hidden_size * num_experts,
-        experts=2 * (3 if gated else 2) * top_k * width * intermediate_size,
-        projections=4 * hidden_size * width if block == "dcca" else 0,
-    )
-
-
-def _expert_width(block: Block, hidden_size: int, latent_size: int | None) -> int:
-    if block == "standard":
-        return hidden_size
-    if latent_size is None:
-        raise ValueError('latent_size is needed for block="dcca", got None; pass the width of the latent')
-    return latent_size
-
-
-# --- Corrected: all-to-all --------------------------------------------------------------------------------------------
 
 
 def expected_ranks_per_token(num_experts: int, num_ranks: int, top_k: int) -> float:
@@ -239,7 +91,7 @@ class Sent:
     pairs: float
 
 
-def expect_sent(exchange: Exchange, implementation: Implementation, num_tokens: int) -> Sent:
+def expect_sent(exchange: Exchange, implementation: Implementation, num_tokens: float) -> Sent:
     """Expected rows and pairs for uniform routing of this rank's tokens; exact in the mean over ranks only."""
     _check_implementation(implementation)
     off_rank = (exchange.num_ranks - 1) / exchange.num_ranks
