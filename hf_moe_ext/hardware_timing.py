@@ -67,6 +67,11 @@ def measure_hardware(
     return row
 
 
+def is_first_rank() -> bool:
+    """Whether this process is alone or torchrun's rank 0."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def time_product(device: torch.device, dtype: torch.dtype, width: int) -> float:
     """FLOP/s of [width, width] times [width, width]."""
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))

@@ -86,6 +86,10 @@ class BlockBytes:
         """T."""
         return self.tokens.num_sequences * self.tokens.sequence_length / self.layout.context
 
+    def num_rows(self, ffn: MoeFfn) -> float:
+        """Rows of the busiest rank's experts: T K rho ETP / TP."""
+        return self.num_tokens * ffn.top_k * self.tokens.imbalance * self.layout.row_share
+
     @property
     def stream(self) -> float:
         """Bytes of the residual stream of all tokens."""
@@ -225,9 +229,9 @@ class BlockBytes:
     def _experts(self, ffn: MoeFfn, width: int, held: float) -> list[Operation]:
         """Rows sorted by expert, two grouped products around the activation, the weighting, the way back to tokens.
 
-        A rank has T K rho rows: with experts on other ranks it receives as many as it sends.
+        A rank has T K rho rows (ETP / TP of them under TP): with experts on other ranks it receives as many as it sends.
         """
-        rows, size = self.num_tokens * ffn.top_k * self.tokens.imbalance, self.precision.expert
+        rows, size = self.num_rows(ffn), self.precision.expert
         wide, inner = rows * width * size, rows * ffn.intermediate_size * size / self.layout.expert_tensor
         if ffn.deltas is not None:
             return self._deltas(ffn, width, held)
@@ -253,7 +257,7 @@ class BlockBytes:
         Low-rank deltas keep their bottlenecks; sparse and quantised ones are decoded one expert at a time.
         """
         assert ffn.deltas is not None
-        size, rows = self.precision.expert, self.num_tokens * ffn.top_k * self.tokens.imbalance
+        size, rows = self.precision.expert, self.num_rows(ffn)
         products = 2 if ffn.gated else 1
         inner, once = rows * ffn.intermediate_size * size, self.num_tokens * ffn.intermediate_size * size
         base = width * ffn.intermediate_size

@@ -75,12 +75,15 @@ def read_measured(path: Path) -> Measured:
         if unknown:
             raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(names))}")
         return Measured(**values)
-    for logged in reversed([values, *_mappings(values.get("log_history"))]):
+    for logged in reversed([*_mappings(values.get("log_history"))]):
         rate = _find(logged, "train_steps_per_second")
         if rate is not None:
             if not rate > 0:
                 raise ValueError(f"{path}: train_steps_per_second must be above 0, got {rate}")
             return Measured(1 / rate)
+    seconds, steps = _find(values, "train", ("seconds",)), values.get("steps")
+    if seconds is not None and isinstance(steps, int) and steps > 0:
+        return Measured(seconds / steps)
     raise ValueError(
         f"{path} has no train_steps_per_second, which Trainer logs when training ends, and no step_s; finish a run, or write "
         '{"step_s": seconds} into a JSON file'
@@ -154,9 +157,9 @@ def _mappings(rows: Any) -> list[Mapping[str, Any]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _find(values: Mapping[str, Any], name: str) -> float | None:
+def _find(values: Mapping[str, Any], name: str, path: tuple[str, ...] = ()) -> float | None:
+    for key in path:
+        inner = values.get(key)
+        values = inner if isinstance(inner, dict) else {}
     value = values.get(name)
-    for inner in (values.get("train"), values.get("timing"), values.get("metrics")):
-        if value is None and isinstance(inner, dict):
-            value = inner.get(name)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -117,7 +117,7 @@ def write_hardware(row: Hardware, path: Path) -> None:
     """
     rows = _read(path) if path.exists() else {}
     rows[row.name] = row
-    text = "\n".join(_format(one) for one in rows.values())
+    text = "\n".join(format_hardware(one) for one in rows.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", suffix=".toml") as file:
         file.write(text)
@@ -145,7 +145,8 @@ def _make(name: str, table: Any, path: Path) -> Hardware:
     return Hardware(name=name, **table)
 
 
-def _format(row: Hardware) -> str:
+def format_hardware(row: Hardware) -> str:
+    """A row as it stands in a file."""
     lines = [f"[{_quote(row.name)}]"]
     for key, value in asdict(row).items():
         if key == "name" or value is None:

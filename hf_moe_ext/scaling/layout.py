@@ -65,6 +65,11 @@ class Layout:
         return self.tensor * self.context * self.data // (self.expert_tensor * self.expert)
 
     @property
+    def row_share(self) -> float:
+        """ETP / TP: ranks of TP hold the same tokens, and share the work of routing them unless they share each expert."""
+        return self.expert_tensor / self.tensor
+
+    @property
     def dense_data(self) -> int:
         """Ranks that hold the same parameters outside the experts: DP, and CP beside it."""
         return self.data * self.context

@@ -244,9 +244,10 @@ class _Stage:
     def _all_to_all_rows(self) -> float:
         if self.layout.expert == 1:
             return 0.0
-        rows = self.blocks.num_tokens * self.step.tokens.imbalance * self.precision.expert
-        widest = max(layer.top_k * layer.expert_width(self.shape.hidden_size) for layer in self.shape.moe_layers)
-        return 2 * rows * widest
+        rows = (
+            self.blocks.num_rows(layer) * layer.expert_width(self.shape.hidden_size) for layer in self.shape.moe_layers
+        )
+        return 2 * max(rows) * self.precision.expert
 
 
 def serving_memory(
@@ -284,7 +285,7 @@ def serving_memory(
     rows = [3 * tokens * max(shape.attention.score_widths) / layout.tensor]
     for layer in shape.moe_layers:
         inner = 3 * layer.intermediate_size / layout.expert_tensor
-        rows.append(tokens * layer.top_k * imbalance * (layer.expert_width(d) + inner))
+        rows.append(tokens * layer.top_k * imbalance * layout.row_share * (layer.expert_width(d) + inner))
     exchange = (
         2
         * tokens

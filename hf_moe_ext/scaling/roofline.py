@@ -113,7 +113,7 @@ def training_time(
     tokens = step.tokens.num_sequences * step.tokens.sequence_length / layout.context
     each = _Seconds(shape, layout, hardware, eff)
     products = passes * each.products(flops, tokens)
-    experts, experts_read = each.experts(flops.experts, tokens * step.tokens.imbalance, step)
+    experts, experts_read = each.experts(flops.experts, tokens * step.tokens.imbalance * layout.row_share, step)
     extra = step.recompute == "selective"
     experts *= passes + extra
     wire = choose_precision(step.precision, step.optimizer).expert
@@ -184,11 +184,11 @@ def serving_rates(
     each = _Seconds(shape, layout, hardware, eff)
     flops = shape.forward_flops(context_length)
     chunk = each.products(flops, prefill_tokens)
-    chunk += prefill_tokens * imbalance * flops.experts / layout.expert_tensor / layout.pipeline / each.grouped_speed
+    chunk += prefill_tokens * imbalance * each.expert_token(flops)
     chunk += (1 - eff.overlap) * each.all_to_all(prefill_tokens, INFERENCE, 2, imbalance)
     chunk += each.tensor_bytes(prefill_tokens * shape.hidden_size * 2, 2)
     compute = each.products(flops, num_sequences)
-    compute += num_sequences * imbalance * flops.experts / layout.expert_tensor / layout.pipeline / each.grouped_speed
+    compute += num_sequences * imbalance * each.expert_token(flops)
     memory = each.decode_bytes(num_sequences, context_length, weight_bytes, kv_bytes) / each.memory_speed
     wire = (1 - eff.overlap) * each.all_to_all(num_sequences, INFERENCE, 2, imbalance)
     wire += each.tensor_bytes(num_sequences * shape.hidden_size * 2, 2)
@@ -242,6 +242,16 @@ class _Seconds:
         cut = flops.total - flops.experts - whole
         return tokens * (cut / self.layout.tensor + whole) / self.layout.pipeline / self.gemm_speed
 
+    def expert_token(self, flops: FlopTerms) -> float:
+        """Seconds of one token's experts, shared by all ranks that hold the token."""
+        return (
+            flops.experts
+            * self.layout.row_share
+            / self.layout.expert_tensor
+            / self.layout.pipeline
+            / self.grouped_speed
+        )
+
     def experts(self, flops: float, rows: float, step: TrainingStep) -> tuple[float, bool]:
         """Of one forward pass: arithmetic, or reading the weights once; and whether it is the reading."""
         compute = rows * flops / self.layout.expert_tensor / self.layout.pipeline / self.grouped_speed
@@ -259,7 +269,7 @@ class _Seconds:
         for layer in self.shape.moe_layers:
             width = layer.expert_width(self.shape.hidden_size)
             exchange = Exchange(width, layer.num_experts, layer.top_k, ep, element_bytes)
-            sent = expect_sent(exchange, self.layout.dispatch, tokens)
+            sent = expect_sent(exchange, self.layout.dispatch, tokens * self.layout.row_share)
             moved = layer_bytes(exchange, self.layout.dispatch, sent, passes)
             size = moved.total * imbalance / self.eff.link
             far = size * far_share / self.hardware.link(between_nodes=True) if far_share else 0.0

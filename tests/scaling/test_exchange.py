@@ -127,3 +127,29 @@ def test_random_routing_is_near_the_expectation():
     routing = [drawn.sample(range(64), 8) for _ in range(4000)]
     rows = exchange.count_sent(wire, "latent_all_to_all", routing, 0).rows
     assert rows == pytest.approx(exchange.expect_sent(wire, "latent_all_to_all", 4000).rows, rel=0.01)
+
+
+def test_dispatch_of_a_large_model():
+    """4096 tokens, 8 of 256 experts, one per rank, width 7168, two bytes."""
+    wire = exchange.Exchange(width=7168, num_experts=256, top_k=8, num_ranks=256)
+    sent = exchange.expect_sent(wire, "all_to_all", 4096)
+    forward = exchange.layer_bytes(wire, "all_to_all", sent, exchange.INFERENCE)
+    assert sent.rows == 32_640
+    assert f"{forward.payload / 2 / 1e6:.1f}" == "467.9"
+    assert exchange.layer_bytes(wire, "all_to_all", sent).payload / 4096 == 456_960
+
+
+def test_distinct_ranks_of_large_models():
+    found = [exchange.expected_ranks_per_token(*sizes, 8) for sizes in ((256, 8), (256, 64), (64, 8))]
+    assert [f"{value:.4f}" for value in found] == ["5.2947", "7.6758", "5.4326"]
+    # At most min(K, EP), and K where each expert has a rank of its own.
+    for experts, ranks, top_k in ((64, 4, 8), (64, 64, 8), (256, 256, 6)):
+        assert exchange.expected_ranks_per_token(experts, ranks, top_k) <= min(top_k, ranks) + 1e-9
+    assert exchange.expected_ranks_per_token(256, 256, 8) == pytest.approx(8, rel=1e-12)
+
+
+@pytest.mark.parametrize("implementation", exchange.IMPLEMENTATIONS)
+def test_one_rank_sends_nothing(implementation):
+    wire = exchange.Exchange(width=64, num_experts=8, top_k=2, num_ranks=1)
+    sent = exchange.expect_sent(wire, implementation, 100)
+    assert exchange.layer_bytes(wire, implementation, sent).total == 0
