@@ -32,7 +32,7 @@ def equivalent_budgets(answers: Mapping[str, Answer], counts: Mapping[str, Count
 
 def count_for_laws(shape: MoeShape, num_tokens: float) -> dict[str, Counts]:
     """Each law's own counts."""
-    return {name: law.count(shape, num_tokens) for name, law in LAWS.items()}
+    return {name: law.count(shape, float(num_tokens)) for name, law in LAWS.items()}
 
 
 def quick_equivalents(shape: MoeShape, num_tokens: float) -> dict[str, float]:
