@@ -153,20 +153,23 @@ class BlockBytes:
         output = d * values
         # Each projection casts the rows for itself under autocast; else they share one tensor.
         copies = 3 if self.precision.casts else 1
-        operations = [self._norm("attention norm", d, out=self.precision.stream)]
+        operations = [self._norm("attention norm", d, self.precision.stream, (self.shape.layer_norms - 1) * d)]
+        vectors = attention.vector_parameters(d)
         if isinstance(attention, GroupedAttention):
             keys = read = attention.key_size / tp
             working = self.stream + 2 * self._rows(d) + self._rows(queries + keys + read)
-            operations.append(self._linear("queries, keys, values", d, working, matrices - output, copies))
-            if attention.query_key_norm != "none":
-                norm = self._norm("query and key norms", queries + keys, matmul, attention.vector_parameters(d))
+            normed = attention.query_key_norm != "none"
+            entries = matrices - output + (0 if normed else vectors)
+            operations.append(self._linear("queries, keys, values", d, working, entries, copies))
+            if normed:
+                norm = self._norm("query and key norms", queries + keys, matmul, vectors)
                 operations.append(norm)
         else:
             keys, read = queries, values
             rank = attention.key_value_rank + (attention.query_rank or 0)
             working = self.stream + 2 * self._rows(d) + 2 * self._rows(rank)
             operations.append(self._linear("down projections", d, working, d * rank, 2 if copies > 1 else 1))
-            operations.append(self._norm("norms of the compressed", rank, matmul, attention.vector_parameters(d)))
+            operations.append(self._norm("norms of the compressed", rank, matmul, vectors))
             working = self.stream + 2 * self._rows(queries + keys + read)
             operations.append(self._linear("up projections", rank, working, matrices - output - d * rank))
         rotated = self.stream + 3 * self.num_tokens * (queries + keys) * self.precision.stream
@@ -196,7 +199,7 @@ class BlockBytes:
         operations = [] if shared else [self._norm("ffn norm", d, out=self.precision.stream)]
         return [
             *operations,
-            self._linear("ffn up", d, up, products * d * width, copies),
+            self._linear("ffn up", d, up, products * d * width + ffn.vector_parameters(d), copies),
             *_activation("ffn", ffn.gated, inner, self.stream, split=False),
             self._linear("ffn down", width, 2 * self.stream + inner, d * width, inner=True),
         ]
@@ -217,7 +220,10 @@ class BlockBytes:
             if ffn.latent_norm:
                 operations.append(self._norm("latent norm", ffn.latent_size, self.precision.matmul))
             operations.append(self._linear("ascend", ffn.latent_size, self.stream + rows, entries))
-        return operations + ([] if ffn.shared is None else self._dense(ffn.shared, shared=True))
+        if ffn.shared is None:
+            return operations
+        gate = Operation("shared gate", self._rows(d), 2 * self.stream + self._rows(d), d)
+        return operations + self._dense(ffn.shared, shared=True) + [gate] * ffn.shared_gate
 
     def _router(self, ffn: MoeFfn) -> Operation:
         """The normed rows, which all that follows reads too; softmax in float32; ids and the chosen weights."""
@@ -236,7 +242,9 @@ class BlockBytes:
         if ffn.deltas is not None:
             return self._deltas(ffn, width, held)
         products = 2 if ffn.gated else 1
-        each = width * ffn.intermediate_size * ffn.num_experts / (self.layout.expert * self.layout.expert_tensor)
+        local = self.layout.expert * self.layout.expert_tensor
+        each = width * ffn.intermediate_size * ffn.num_experts / local
+        first = ffn.routed_parameters(self.shape.hidden_size) / local - each
         weighted = 3 * wide
         if size < WIDE and self.shape.family in FLOAT32_ROUTING:
             # Rows and both products in float32, and one product cast back, all at a time.
@@ -244,7 +252,7 @@ class BlockBytes:
         back = rows * INDEX
         return [
             Operation("gather", 2 * back, held + wide + self.num_tokens * width * size),
-            Operation("expert up", wide, held + products * inner + wide, products * each, experts=True),
+            Operation("expert up", wide, held + products * inner + wide, first, experts=True),
             *_activation("expert", ffn.gated, inner, held, split=True),
             Operation("expert down", inner, held + wide + inner, each, experts=True, inner=True),
             Operation("weighting", wide + rows * WIDE, held + weighted),

@@ -14,7 +14,8 @@ from typing import Any
 from hf_moe_ext.scaling.hardware import Hardware
 from hf_moe_ext.scaling.layout import Layout
 from hf_moe_ext.scaling.memory import TrainingStep
-from hf_moe_ext.scaling.roofline import Efficiency, StepTime, training_time
+from hf_moe_ext.scaling.rank_seconds import Efficiency
+from hf_moe_ext.scaling.roofline import StepTime, training_time
 from hf_moe_ext.scaling.shape import MoeShape
 
 # Part that can be measured by itself -> the efficiency that it fixes.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from hf_moe_ext.scaling.attention import GroupedAttention
+from hf_moe_ext.scaling.attention import GroupedAttention, LatentAttention
 from hf_moe_ext.scaling.exchange import IMPLEMENTATIONS, Implementation
 from hf_moe_ext.scaling.feed_forward import DenseFfn, MoeFfn
 from hf_moe_ext.scaling.shape import MoeShape
@@ -163,3 +163,8 @@ def stage_parameters(shape: MoeShape, layout: Layout, stage: int) -> LocalParame
     if stage == 0:
         total += first
     return total + last if stage == layout.pipeline - 1 else total
+
+
+def cache_ranks(shape: MoeShape, layout: Layout) -> int:
+    """Ranks that share a sequence's cache: stages, and TP where it holds heads; a latent cache is whole on each."""
+    return layout.pipeline * (1 if isinstance(shape.attention, LatentAttention) else layout.tensor)

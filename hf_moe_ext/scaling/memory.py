@@ -1,4 +1,4 @@
-"""Memory of one rank, in buckets, at the worst moment of a training step and in serving.
+"""Memory of one rank, in buckets, at the worst moment of a training step.
 
 A training step is walked backward operation by operation (`activations.py`): saved tensors go, gradients come, and what the
 operation works in stands on top; the peak is the largest sum. Allocated bytes: what an allocator rounds up, caches or
@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from hf_moe_ext.scaling.activations import BlockBytes, Operation, Tokens
-from hf_moe_ext.scaling.attention import LatentAttention
 from hf_moe_ext.scaling.layout import (
     Layout,
     LocalParameters,
@@ -248,58 +247,3 @@ class _Stage:
             self.blocks.num_rows(layer) * layer.expert_width(self.shape.hidden_size) for layer in self.shape.moe_layers
         )
         return 2 * max(rows) * self.precision.expert
-
-
-def serving_memory(
-    shape: MoeShape,
-    layout: Layout,
-    num_sequences: int,
-    sequence_length: int,
-    *,
-    weight_bytes: float = 2,
-    kv_bytes: int = 2,
-    prefill_tokens: int = 8192,
-    imbalance: float = 1.0,
-) -> Memory:
-    """Weights, the cache of all sequences at their full length, and a prefill chunk's rows; no pipeline bubbles.
-
-    Keys and values are cut by TP; a latent cache is whole on every TP rank. ``num_sequences`` are those of one rank of DP.
-
-    Raises:
-        ValueError: the layout does not fit the shape, or a number out of range.
-    """
-    layout.check(shape)
-    for name, value in (
-        ("num_sequences", num_sequences),
-        ("sequence_length", sequence_length),
-        ("prefill_tokens", prefill_tokens),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not weight_bytes > 0:
-        raise ValueError(f"weight_bytes must be above 0, got {weight_bytes}")
-    local = max((stage_parameters(shape, layout, stage) for stage in {0, layout.pipeline - 1}), key=lambda p: p.total)
-    cut = layout.pipeline * (1 if isinstance(shape.attention, LatentAttention) else layout.tensor)
-    cache = shape.kv_cache_bytes(sequence_length, num_sequences, kv_bytes) / cut
-    tokens, d = min(prefill_tokens, num_sequences * sequence_length), shape.hidden_size
-    rows = [3 * tokens * max(shape.attention.score_widths) / layout.tensor]
-    for layer in shape.moe_layers:
-        inner = 3 * layer.intermediate_size / layout.expert_tensor
-        rows.append(tokens * layer.top_k * imbalance * layout.row_share * (layer.expert_width(d) + inner))
-    exchange = (
-        2
-        * tokens
-        * imbalance
-        * 2
-        * max((layer.top_k * layer.expert_width(d) for layer in shape.moe_layers if layout.expert > 1), default=0)
-    )
-    return Memory(
-        Buckets(
-            weights=local.total * weight_bytes,
-            working=2 * (2 * tokens * d + max(rows)),
-            logits=num_sequences * shape.vocab_size * 4 / layout.tensor,
-            exchange=exchange,
-            kv_cache=cache,
-        ),
-        "prefill",
-    )  # fmt: skip

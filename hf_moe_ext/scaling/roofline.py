@@ -1,4 +1,4 @@
-"""Time of a training step and rates of serving, by roofline: each part as long as its FLOPs, bytes or messages need.
+"""Time of a training step, by roofline: each part as long as its FLOPs, bytes or messages need.
 
     t_step = [max(compute, weights) + (1 - overlap) all-to-all + tensor] m (1 + (PP - 1)/m) + pipeline
              + (1 - overlap_dp) data + optimizer
@@ -7,50 +7,15 @@ Efficiencies and overlaps are inputs; the defaults are assumptions, and `calibra
 Peaks times efficiencies say how fast it could go; a real step also waits for data, kernels' launches and stragglers.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
-from hf_moe_ext.scaling.exchange import INFERENCE, RECOMPUTED, TRAINING, Exchange, Passes, expect_sent, layer_bytes
+from hf_moe_ext.scaling.exchange import RECOMPUTED, TRAINING
 from hf_moe_ext.scaling.hardware import Hardware
-from hf_moe_ext.scaling.layout import Layout, stage_parameters
+from hf_moe_ext.scaling.layout import Layout
 from hf_moe_ext.scaling.memory import TrainingStep
 from hf_moe_ext.scaling.precision import choose_precision
-from hf_moe_ext.scaling.shape import FlopTerms, MoeShape
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Shares of the peaks that are reached, shares of communication that hide behind computing; assumptions by default.
-
-    Attributes:
-        gemm: of ``flops_per_s`` in matrix products outside the experts.
-        grouped: of ``grouped_flops_per_s`` in the experts.
-        memory: of ``memory_bytes_per_s``.
-        link: of both link speeds.
-        overlap: of the all-to-alls.
-        overlap_data: of the gradients' exchange.
-        collective_s: seconds that a collective takes whatever its size.
-    """
-
-    gemm: float = 0.5
-    grouped: float = 0.4
-    memory: float = 0.8
-    link: float = 0.8
-    overlap: float = 0.0
-    overlap_data: float = 0.5
-    collective_s: float = 20e-6
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            positive = field.name in ("gemm", "grouped", "memory", "link")
-            inside = value >= 0 if field.name == "collective_s" else 0 <= value <= 1
-            if not inside or (positive and value == 0):
-                bounds = (
-                    "at least 0"
-                    if field.name == "collective_s"
-                    else f"{'above' if positive else 'at least'} 0 and at most 1"
-                )
-                raise ValueError(f"efficiency: {field.name} must be {bounds}, got {value}")
+from hf_moe_ext.scaling.rank_seconds import Efficiency, RankSeconds
+from hf_moe_ext.scaling.shape import MoeShape
 
 
 @dataclass(frozen=True)
@@ -111,7 +76,7 @@ def training_time(
     passes = 4 if step.recompute == "full" else 3
     flops = shape.forward_flops(step.tokens.sequence_length)
     tokens = step.tokens.num_sequences * step.tokens.sequence_length / layout.context
-    each = _Seconds(shape, layout, hardware, eff)
+    each = RankSeconds(shape, layout, hardware, eff)
     products = passes * each.products(flops, tokens)
     experts, experts_read = each.experts(flops.experts, tokens * step.tokens.imbalance * layout.row_share, step)
     extra = step.recompute == "selective"
@@ -135,75 +100,6 @@ def training_time(
     )
 
 
-@dataclass(frozen=True)
-class ServingRates:
-    """Tokens per second of one replica (all ranks of the layout) and what bounds a token's time.
-
-    Attributes:
-        prefill_tokens_per_s: of prompts.
-        decode_tokens_per_s: of generated tokens, all sequences together.
-        decode_s: seconds of one token of every sequence.
-        decode_binds: "compute", "memory" or "all_to_all".
-    """
-
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    decode_s: float
-    decode_binds: str
-
-
-def serving_rates(
-    shape: MoeShape,
-    layout: Layout,
-    hardware: Hardware,
-    num_sequences: int,
-    context_length: int,
-    *,
-    efficiency: Efficiency | None = None,
-    weight_bytes: float = 2,
-    kv_bytes: int = 2,
-    imbalance: float = 1.0,
-    prefill_tokens: int = 8192,
-) -> ServingRates:
-    """Prefill of chunks, and decoding of ``num_sequences`` per DP rank at this context, stages in turn.
-
-    Decoding reads the weights that the batch touches (a layer's experts as far as uniform routing hits them) and the cache.
-
-    Raises:
-        ValueError: the layout does not fit, or a number out of range.
-    """
-    layout.check(shape)
-    for name, value in (
-        ("num_sequences", num_sequences),
-        ("context_length", context_length),
-        ("prefill_tokens", prefill_tokens),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    eff = efficiency or Efficiency()
-    each = _Seconds(shape, layout, hardware, eff)
-    flops = shape.forward_flops(context_length)
-    chunk = each.products(flops, prefill_tokens)
-    chunk += prefill_tokens * imbalance * each.expert_token(flops)
-    chunk += (1 - eff.overlap) * each.all_to_all(prefill_tokens, INFERENCE, 2, imbalance)
-    chunk += each.tensor_bytes(prefill_tokens * shape.hidden_size * 2, 2)
-    compute = each.products(flops, num_sequences)
-    compute += num_sequences * imbalance * each.expert_token(flops)
-    memory = each.decode_bytes(num_sequences, context_length, weight_bytes, kv_bytes) / each.memory_speed
-    wire = (1 - eff.overlap) * each.all_to_all(num_sequences, INFERENCE, 2, imbalance)
-    wire += each.tensor_bytes(num_sequences * shape.hidden_size * 2, 2)
-    # A token passes all stages; other sequences keep them busy meanwhile, so the rate is a stage's.
-    seconds = max(compute, memory) + wire
-    parts = {"compute": compute, "memory": memory, "all_to_all": wire}
-    replicas = layout.data
-    return ServingRates(
-        prefill_tokens_per_s=replicas * prefill_tokens / chunk,
-        decode_tokens_per_s=replicas * num_sequences / seconds,
-        decode_s=seconds * layout.pipeline,
-        decode_binds=max(parts, key=lambda name: parts[name]),
-    )
-
-
 def tokens_per_expert_to_compute(hardware: Hardware) -> float:
     """Tokens an expert needs so that its products wait for arithmetic and not for its two-byte weights: peak / bandwidth."""
     return hardware.flops_per_byte
@@ -219,118 +115,3 @@ def batch_tokens_to_compute(hardware: Hardware, sparsity: float) -> float:
 def expert_width_to_hide_all_to_all(hardware: Hardware, link_bytes_per_s: float) -> float:
     """Width of gated experts above which they compute longer than two-byte rows travel: (peak / link) / 1.5."""
     return hardware.flops_per_s / link_bytes_per_s / 1.5
-
-
-class _Seconds:
-    """Seconds of the parts of one micro-batch on one rank of a stage."""
-
-    def __init__(self, shape: MoeShape, layout: Layout, hardware: Hardware, eff: Efficiency) -> None:
-        self.shape, self.layout, self.hardware, self.eff = shape, layout, hardware, eff
-        self.gemm_speed = hardware.flops_per_s * eff.gemm
-        self.grouped_speed = hardware.grouped_peak * eff.grouped
-        self.memory_speed = hardware.memory_bytes_per_s * eff.memory
-        self.local = stage_parameters(shape, layout, 0)
-
-    def link(self, num_ranks: int, stride: int = 1) -> float:
-        """Bytes per second of a ring of ranks this far apart: within a node, or as its slowest hop."""
-        inside = num_ranks * stride <= self.hardware.devices_per_node
-        return self.hardware.link(between_nodes=not inside) * self.eff.link
-
-    def products(self, flops: FlopTerms, tokens: float) -> float:
-        """Of one forward pass, outside the routed experts; routers and a latent's projections are on every TP rank."""
-        whole = flops.router + flops.projections
-        cut = flops.total - flops.experts - whole
-        return tokens * (cut / self.layout.tensor + whole) / self.layout.pipeline / self.gemm_speed
-
-    def expert_token(self, flops: FlopTerms) -> float:
-        """Seconds of one token's experts, shared by all ranks that hold the token."""
-        return (
-            flops.experts
-            * self.layout.row_share
-            / self.layout.expert_tensor
-            / self.layout.pipeline
-            / self.grouped_speed
-        )
-
-    def experts(self, flops: float, rows: float, step: TrainingStep) -> tuple[float, bool]:
-        """Of one forward pass: arithmetic, or reading the weights once; and whether it is the reading."""
-        compute = rows * flops / self.layout.expert_tensor / self.layout.pipeline / self.grouped_speed
-        width = choose_precision(step.precision, step.optimizer).expert
-        read = self.local.experts * width / self.memory_speed
-        return max(compute, read), read > compute
-
-    def all_to_all(self, tokens: float, passes: Passes, element_bytes: int, imbalance: float) -> float:
-        """All exchanges of a stage's layers; links within a node and between nodes carry their shares at the same time."""
-        if self.layout.expert == 1:
-            return 0.0
-        ep, seconds = self.layout.expert, 0.0
-        near = max(1, min(ep, self.hardware.devices_per_node // self.layout.expert_tensor))
-        far_share = (ep - near) / (ep - 1)
-        for layer in self.shape.moe_layers:
-            width = layer.expert_width(self.shape.hidden_size)
-            exchange = Exchange(width, layer.num_experts, layer.top_k, ep, element_bytes)
-            sent = expect_sent(exchange, self.layout.dispatch, tokens * self.layout.row_share)
-            moved = layer_bytes(exchange, self.layout.dispatch, sent, passes)
-            size = moved.total * imbalance / self.eff.link
-            far = size * far_share / self.hardware.link(between_nodes=True) if far_share else 0.0
-            inside = size * (1 - far_share) / self.hardware.link(between_nodes=False) if near > 1 else 0.0
-            seconds += max(far, inside) + moved.num_collectives * self.eff.collective_s
-        return seconds / self.layout.pipeline
-
-    def tensor(self, tokens: float, num_all_reduces: int, step: TrainingStep) -> float:
-        """Two all-reduces per layer and pass of the residual stream."""
-        width = choose_precision(step.precision, step.optimizer).matmul
-        return self.tensor_bytes(tokens * self.shape.hidden_size * width, num_all_reduces)
-
-    def tensor_bytes(self, num_bytes: float, num_all_reduces: int) -> float:
-        """All-reduces of this many bytes per layer of a stage: 2 (TP - 1) / TP of them travel."""
-        tp = self.layout.tensor
-        if tp == 1:
-            return 0.0
-        each = 2 * (tp - 1) / tp * num_bytes / self.link(tp) + self.eff.collective_s
-        return num_all_reduces * each * self.shape.num_layers / self.layout.pipeline
-
-    def pipeline_send(self, tokens: float, step: TrainingStep) -> float:
-        """Rows out and gradients back over a stage's boundary."""
-        if self.layout.pipeline == 1:
-            return 0.0
-        width = choose_precision(step.precision, step.optimizer).stream
-        return 2 * tokens * self.shape.hidden_size * width / self.link(self.layout.world_size)
-
-    def data(self, step: TrainingStep) -> float:
-        """Gradients (and shared weights) between ranks that hold the same parameters: rings, (n - 1) / n per pass.
-
-        One all-reduce a step is two passes; ZeRO-1 a reduce-scatter and a gather; ZeRO-2 scatters and ZeRO-3 (which also
-        gathers twice) does so in every micro-batch.
-        """
-        precision, m, zero = choose_precision(step.precision, step.optimizer), step.num_micro_batches, self.layout.zero
-        gradients, weights = {0: (2, 0), 1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[zero]
-        per_parameter = gradients * precision.gradient + weights * precision.weight
-        seconds, ranks = 0.0, self.layout.tensor * self.layout.context * self.layout.data
-        for parameters, num_ranks in (
-            (self.local.dense, self.layout.dense_data),
-            (self.local.experts, self.layout.expert_data),
-        ):
-            if num_ranks > 1 and parameters:
-                stride = ranks // num_ranks
-                seconds += (num_ranks - 1) / num_ranks * parameters * per_parameter / self.link(num_ranks, stride)
-        return seconds
-
-    def optimizer(self, step: TrainingStep) -> float:
-        """Weights and states read and written, gradients read, of what this rank updates."""
-        precision = choose_precision(step.precision, step.optimizer)
-        shared = self.layout.zero > 0
-        updated = self.local.dense / (self.layout.dense_data if shared else 1)
-        updated += self.local.experts / (self.layout.expert_data if shared else 1)
-        return updated * (2 * precision.weight + precision.gradient + 2 * precision.optimizer) / self.memory_speed
-
-    def decode_bytes(self, num_sequences: int, context_length: int, weight_bytes: float, kv_bytes: int) -> float:
-        """Weights that a token of every sequence touches on this rank, and their cache."""
-        group = num_sequences * self.layout.expert
-        shares = [1 - (1 - layer.top_k / layer.num_experts) ** group for layer in self.shape.moe_layers]
-        touched = self.local.experts * (sum(shares) / len(shares) if shares else 0)
-        # Of the embedding table only the batch's rows are read.
-        table = 0 if self.shape.tied_embeddings else self.shape.vocab_size * self.shape.hidden_size / self.layout.tensor
-        weights = (self.local.dense - table + touched) * weight_bytes
-        cache = self.shape.kv_cache_bytes(context_length, num_sequences, kv_bytes) / self.layout.pipeline
-        return weights + cache / self.layout.tensor

@@ -8,6 +8,7 @@ GPU `max_memory_allocated`. Predicted: `hf_moe_ext.scaling.memory.training_memor
 """
 
 import argparse
+import gc
 import json
 import tempfile
 from collections.abc import Sequence
@@ -89,6 +90,8 @@ def measure(
             dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows)
+        # What an earlier run left in cycles would be given back during this one, and be counted as less.
+        gc.collect()
         return count_bytes([*model.parameters(), *model.buffers()]) + measure_transient_bytes(trainer.train, device)
 
 

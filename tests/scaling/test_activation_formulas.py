@@ -4,8 +4,8 @@ from hf_moe_ext.scaling.activation_formulas import gpt_layer_bytes, moe_block_to
 
 
 def test_dense_layer():
-    assert gpt_layer_bytes(1, 4096, 2048, 32) == 956_301_312
-    assert gpt_layer_bytes(1, 4096, 2048, 32, flash=True) == 285_212_672
+    assert gpt_layer_bytes(1, 2048, 4096, 32) == 956_301_312
+    assert gpt_layer_bytes(1, 2048, 4096, 32, flash=True) == 285_212_672
 
 
 def test_moe_block():
