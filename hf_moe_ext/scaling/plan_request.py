@@ -8,7 +8,7 @@ from hf_moe_ext.scaling.laws.downstream import Target
 from hf_moe_ext.scaling.laws.leverage import batch_tokens as published_batch_tokens
 from hf_moe_ext.scaling.money import SECONDS_PER_HOUR, Demand, Prices
 from hf_moe_ext.scaling.precision import choose_precision
-from hf_moe_ext.scaling.roofline import Efficiency
+from hf_moe_ext.scaling.rank_seconds import Efficiency
 from hf_moe_ext.scaling.size_checks import check_at_least
 
 BUDGETS = ("budget_flops", "gpu_hours", "money")

@@ -7,11 +7,12 @@ from hf_moe_ext.scaling.activations import Tokens
 from hf_moe_ext.scaling.candidates import Candidate
 from hf_moe_ext.scaling.exchange import Implementation
 from hf_moe_ext.scaling.layout import Layout, stage_parameters
-from hf_moe_ext.scaling.memory import Memory, TrainingStep, serving_memory, training_memory
+from hf_moe_ext.scaling.memory import Memory, TrainingStep, training_memory
 from hf_moe_ext.scaling.money import SECONDS_PER_HOUR, Cost, Prices, serving_cost_per_million, training_cost
 from hf_moe_ext.scaling.plan_request import PlanRequest
 from hf_moe_ext.scaling.precision import choose_precision
-from hf_moe_ext.scaling.roofline import ServingRates, StepTime, serving_rates, training_time
+from hf_moe_ext.scaling.roofline import StepTime, training_time
+from hf_moe_ext.scaling.serving import ServingRates, serving_memory, serving_rates
 from hf_moe_ext.scaling.shape import MoeShape
 
 # Sequences of a micro-batch that are tried, the largest that fits is taken; and what to give up for memory, in this order.
