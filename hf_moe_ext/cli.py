@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import hf_moe_ext
+from hf_moe_ext.commands.plan import plan_sparsity
 from hf_moe_ext.commands.upcycle import upcycle_checkpoint
 
 # Under `recipes/finetune.py` the same settings are written with underscores; both spellings work here.
@@ -621,6 +622,8 @@ def _given_options(context: typer.Context, besides: tuple[str, ...]) -> dict[str
 app.command("upcycle", short_help="Make a dense checkpoint a Mixture-of-Experts one with the same logits.")(
     upcycle_checkpoint
 )
+
+app.command("plan", short_help="How many experts at this budget, on this hardware.")(plan_sparsity)
 
 if __name__ == "__main__":
     app()
