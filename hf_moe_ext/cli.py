@@ -522,6 +522,8 @@ def _run_delta(command: str, work: Callable[[], Any], as_json: bool) -> None:
         typer.echo(f"hf-moe delta {command}: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
+
+
 @app.command("measure-hardware", short_help="Time this machine; a row for the cost model.")
 def measure_hardware_row(
     name: Annotated[str, typer.Option(help="Of the row.")],

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,9 +78,7 @@ def plan_sparsity(
 
         inference = None
         if serve_tokens is not None:
-            inference = Inference(
-                serve_tokens, serve_context, serve_sequences, present_cost_per_million=present_cost
-            )
+            inference = Inference(serve_tokens, serve_context, serve_sequences, present_cost_per_million=present_cost)
         elif present_cost is not None:
             raise ValueError("--present-cost needs --serve-tokens: how much is served")
         request = PlanRequest(
@@ -125,6 +122,6 @@ def _read_efficiency(path: Path | None) -> Any:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", suffix=".part") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -65,7 +65,10 @@ def explain(result: PlanResult, details: bool = True) -> dict[str, Any]:
             for name, one in savings.items()
             if request.inference is not None
         },
-        "pareto": [row(one) for one in result.pareto],
+        "pareto": [
+            row(one) | {"memory": one.training.memory.peak.as_dict(), "time": one.training.time.as_dict()}
+            for one in result.pareto
+        ],
         "plans": [row(one) for one in result.plans],
     }
     return _finite(told)

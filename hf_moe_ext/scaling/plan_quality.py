@@ -11,6 +11,8 @@ from math import exp, log
 from typing import Any
 
 from hf_moe_ext.scaling.laws import LAWS, Answer, Counts, abnar, joint
+from hf_moe_ext.scaling.laws.layout import IdealLayout
+from hf_moe_ext.scaling.laws.search import find_crossing
 from hf_moe_ext.scaling.shape import MoeShape
 
 # The laws every kind of shape gets a number from; quality is the geometric mean of these. Leverage knows sparsity and
@@ -63,6 +65,21 @@ def tokens_for_loss(law: str, shape: MoeShape, target_loss: float) -> float | No
     form: Any = joint.form(counts["num_experts"])
     left = target_loss - float(form.loss(counts["active_parameters"], 1.0)) + float(form.k)
     return float((form.k / left) ** (-1 / form.nu)) if left > 0 else None
+
+
+def multiplier_at_parameters(
+    law: str, total_parameters: float, budget_flops: float, expert_ratio: float
+) -> float | None:
+    """Compute multiplier of the ideal layout with so many parameters in all; None where the law has none of that size."""
+    if law == "joint":
+        best = joint.constrained_optimum(budget_flops, expert_ratio, total_parameters)
+        return None if best is None else joint.dense_budget(best.loss) / budget_flops
+    width = 1 / find_crossing(
+        lambda inverse: IdealLayout(1 / inverse, expert_ratio).total_parameters, total_parameters, 1e-7, 1
+    )
+    tokens = budget_flops / IdealLayout(width, expert_ratio).training_flops
+    loss = abnar.loss(total_parameters, tokens, 1 - 1 / expert_ratio)
+    return abnar.dense_budget(loss) / budget_flops
 
 
 def mean_of(gains: Mapping[str, float]) -> float:

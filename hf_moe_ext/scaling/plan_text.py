@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 GIGA = 1e9
+SHOWN = 15
 
 
 def format_plan(told: dict[str, Any], details: bool = False) -> str:
@@ -14,11 +15,22 @@ def format_plan(told: dict[str, Any], details: bool = False) -> str:
         details: of the recommended plan.
     """
     best = told["recommended"]
-    lines = [told["reason"], "", *(f"  {line}" for line in facts(told)), "", f"binds: {told['binding']['constraint']}; "]
+    lines = [
+        told["reason"],
+        "",
+        *(f"  {line}" for line in facts(told)),
+        "",
+        f"binds: {told['binding']['constraint']}; ",
+    ]
     lines[-1] += told["binding"]["reason"]
     lines += [f"caution: {text}" for text in cautions(told)]
-    lines += ["", "Pareto set, best first (quality: times the compute of the best dense model; * recommended; ? not covered):"]
-    lines += [_table_line(one, one["name"] == best["name"]) for one in told["pareto"]]
+    lines += [
+        "",
+        "Pareto set, best first (quality: times the compute of the best dense model; * recommended; ? not covered):",
+    ]
+    lines += [_table_line(one, one["name"] == best["name"]) for one in told["pareto"][:SHOWN]]
+    if len(told["pareto"]) > SHOWN:
+        lines.append(f"  and {len(told['pareto']) - SHOWN} more; --csv FILE writes all")
     if details:
         lines += ["", json.dumps(best, indent=2)]
     return "\n".join(lines)

@@ -290,7 +290,9 @@ def _find_binding(
     shown = tuple(better)
     if chosen.run.limited_by == "data":
         spare = chosen.run.affordable_tokens - chosen.run.num_tokens
-        text = f"tokens run out: the budget would pay for {spare:.3g} more than the {chosen.run.num_tokens:.3g} there are"
+        text = (
+            f"tokens run out: the budget would pay for {spare:.3g} more than the {chosen.run.num_tokens:.3g} there are"
+        )
         return Binding("data", text, shares, shown)
     if better and better[0][1] > chosen.quality * (1 + request.indifference):
         name, gain, needed = better[0]
@@ -324,9 +326,7 @@ def _explain_small_budget(smallest: Candidate, request: PlanRequest) -> str:
     )
 
 
-def _explain_no_fit(
-    candidates: list[Candidate], request: PlanRequest, refused: list[tuple[_Promise, Shortage]]
-) -> str:
+def _explain_no_fit(candidates: list[Candidate], request: PlanRequest, refused: list[tuple[_Promise, Shortage]]) -> str:
     training = choose_training(candidates[0].shape, request)
     if isinstance(training, Shortage):
         needed, name = training.needed_bytes, candidates[0].name

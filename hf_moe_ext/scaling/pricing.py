@@ -9,7 +9,7 @@ from hf_moe_ext.scaling.exchange import Implementation
 from hf_moe_ext.scaling.layout import Layout, stage_parameters
 from hf_moe_ext.scaling.memory import Memory, TrainingStep, training_memory
 from hf_moe_ext.scaling.money import SECONDS_PER_HOUR, Cost, Prices, serving_cost_per_million, training_cost
-from hf_moe_ext.scaling.plan_request import PlanRequest
+from hf_moe_ext.scaling.plan_request import Inference, PlanRequest
 from hf_moe_ext.scaling.precision import choose_precision
 from hf_moe_ext.scaling.roofline import StepTime, training_time
 from hf_moe_ext.scaling.serving import ServingRates, serving_memory, serving_rates
@@ -118,9 +118,7 @@ def _expert_degrees(shape: MoeShape, request: PlanRequest) -> list[int]:
     if shape.moe_layers[0].deltas is not None:
         return [1]
     wanted = {1, request.hardware.devices_per_node, request.num_devices, num_experts, MOST_EXPERT_RANKS}
-    return sorted(
-        n for n in wanted if n <= MOST_EXPERT_RANKS and num_experts % n == 0 and request.num_devices % n == 0
-    )
+    return sorted(n for n in wanted if n <= MOST_EXPERT_RANKS and num_experts % n == 0 and request.num_devices % n == 0)
 
 
 def _first_fit(shape: MoeShape, request: PlanRequest, expert: int) -> list[Training] | Shortage:
@@ -241,7 +239,7 @@ def choose_serving(candidate: Candidate, request: PlanRequest) -> Serving | Shor
                 shape, layout, asked.num_sequences, asked.context_length, imbalance=request.imbalance
             )
             if memory.total <= request.usable_bytes:
-                return _serve(shape, request, layout, memory)
+                return _serve(shape, request, asked, layout, memory)
             needed = min(needed, memory.total)
         devices *= 2
     return Shortage(needed, request.usable_bytes)
@@ -263,9 +261,9 @@ def _serving_layouts(shape: MoeShape, devices: int) -> list[Layout]:
     return list(dict.fromkeys(fitting))
 
 
-def _serve(shape: MoeShape, request: PlanRequest, layout: Layout, memory: Memory) -> Serving:
-    asked = request.inference
-    assert asked is not None  # noqa: S101  (narrowed for the type checker; `choose_serving` saw it)
+def _serve(
+    shape: MoeShape, request: PlanRequest, asked: Inference, layout: Layout, memory: Memory
+) -> Serving:  # fmt: skip
     rates = serving_rates(
         shape, layout, request.hardware, asked.num_sequences, asked.context_length,
         efficiency=request.efficiency, imbalance=request.imbalance,
