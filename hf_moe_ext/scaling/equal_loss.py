@@ -6,6 +6,7 @@ from math import ceil
 from hf_moe_ext.scaling.candidates import Candidate, enumerate_candidates
 from hf_moe_ext.scaling.money import BreakEven, break_even
 from hf_moe_ext.scaling.plan_quality import INVERTIBLE, loss_of, tokens_for_loss
+from hf_moe_ext.scaling.plan_request import PlanRequest
 from hf_moe_ext.scaling.planner import Plan
 from hf_moe_ext.scaling.pricing import (
     Run,
@@ -16,7 +17,6 @@ from hf_moe_ext.scaling.pricing import (
     choose_training,
     make_run,
 )
-from hf_moe_ext.scaling.plan_request import PlanRequest
 
 # Of the shapes in order of their FLOPs: how many are priced. The least FLOPs need not be the least hours.
 PRICED = 3

@@ -144,7 +144,7 @@ def plan(request: PlanRequest) -> PlanResult:
         ValueError: nothing fits, or the budget trains nothing; says which constraint and by how much.
     """
     candidates = list(enumerate_candidates(request))
-    promises = [promise for promise in map(lambda c: _promise(c, request), candidates) if promise is not None]
+    promises = [promise for promise in (_promise(c, request) for c in candidates) if promise is not None]
     if not promises:
         raise ValueError(_explain_small_budget(candidates[0], request))
     priced, refused = _price_kinds(promises, request)
@@ -267,6 +267,8 @@ def _recommend(plans: list[Plan], request: PlanRequest) -> tuple[Plan, str]:
         f"(laws say {low:.2f} to {high:.2f}); of {len(near)} covered plans within {request.indifference:.0%} of the best "
         f"quality, {best.quality:.2f}, it has the {saving}"
     )
+    if not any(chosen.answers[name].in_range for name in RANKING):
+        reason += "; no law was fitted anywhere near: an extrapolation, not a forecast"
     return chosen, reason
 
 

@@ -21,7 +21,8 @@ CAPTIONS = {
     "dashed lines are beyond what they were fitted on.",
     "fixed_parameters": "The same when the whole model may not be larger than the recommended one: then more sparsity means "
     "fewer active parameters, and there is a best point.",
-    "map": "The best sparsity for each size and budget, by two laws; the star is the recommended plan.",
+    "map": "The best sparsity for each size and budget, by two laws; the star is the recommended plan. White: beyond the tokens "
+    "per parameter that a law was fitted on.",
     "memory": "What fills a device.",
     "time": "Where a training step's time goes; all-to-all is what expert parallelism sends between devices.",
 }

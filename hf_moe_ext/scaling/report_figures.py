@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
-from math import log10
+from math import log10, nan
 from typing import TYPE_CHECKING, Any
 
 from hf_moe_ext.scaling.laws import LAWS, abnar, joint
@@ -124,12 +124,21 @@ def _draw_map(axes: Any, told: dict[str, Any]) -> None:
     budgets = _spaced(min(3e19, budget / 3), max(1e21, budget * 3))
     totals = _spaced(min(1e8, total / 3), max(1e10, total * 3))
     for panel, (law, title) in zip(axes, (("abnar", "Abnar"), ("joint", "Ludziejewski (1:32 at most)")), strict=True):
-        values = [[LAWS[law].optimal_sparsity(n, c).value or 0.0 for c in budgets] for n in totals]
+        values = [[_best_sparsity(law, n, c) for c in budgets] for n in totals]
         drawn = panel.pcolormesh(budgets, totals, values, vmin=0, vmax=1, cmap="viridis", shading="nearest")
         panel.set(xscale="log", yscale="log", title=f"Best S by {title}", xlabel="training FLOPs C")
         panel.plot([budget], [total], marker="*", color="white", markeredgecolor="black", markersize=12)
     axes[0].set_ylabel("parameters in all, N")
     axes[0].figure.colorbar(drawn, ax=list(axes), label="sparsity S of lowest loss")
+
+
+def _best_sparsity(law: str, total: float, budget: float) -> float:
+    """Not a number, which is drawn as nothing, where a dense model would read more tokens than the law was fitted on."""
+    fitted = {one.variable: one for one in LAWS[law].card.fitted}.get("tokens_per_parameter")
+    if fitted is not None and budget / (6 * total) > fitted.high * total:
+        return nan
+    value = LAWS[law].optimal_sparsity(total, budget).value
+    return nan if value is None else value
 
 
 def _spaced(low: float, high: float) -> list[float]:
@@ -138,7 +147,8 @@ def _spaced(low: float, high: float) -> list[float]:
 
 
 def _draw_pareto(axes: "Axes", told: dict[str, Any]) -> None:
-    chosen = told["recommended"]["name"]
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+
     for covered, marker, colour, label in (
         (True, "o", COLOURS[0], "laws cover it"),
         (False, "^", COLOURS[7], "beyond every fit, or a kind no law knows"),
@@ -157,8 +167,11 @@ def _draw_pareto(axes: "Axes", told: dict[str, Any]) -> None:
     )
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator([2.0**power for power in range(-6, 9)]))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set(
-        title=f"Pareto set; bars: spread between laws ({chosen})",
+        title="Pareto set; bars: spread between laws",
         xlabel="GB on each device",
         ylabel="times a dense model's compute",
     )
