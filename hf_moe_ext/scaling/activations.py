@@ -12,57 +12,16 @@ from dataclasses import dataclass
 from hf_moe_ext.scaling.attention import Attention, GroupedAttention
 from hf_moe_ext.scaling.feed_forward import DenseFfn, MoeFfn
 from hf_moe_ext.scaling.layout import Layout
+from hf_moe_ext.scaling.operations import Operation, Tokens, activation_operations
 from hf_moe_ext.scaling.precision import Precision
 from hf_moe_ext.scaling.shape import MoeShape
-from hf_moe_ext.scaling.size_checks import check_at_least
 
 WIDE = 4  # bytes of a float32
 INDEX = 8  # bytes of an id
+# Bottlenecks of all experts of a layer up to which `ders.forward` masks them instead of sorting rows by expert.
+MASKED_LIMIT = 128
 # Families whose routers hand on float32 weights: rows are weighted and summed in float32 even where they are bfloat16.
 FLOAT32_ROUTING = ("mixtral", "mixtral_ext", "deepseek_v2", "deepseek_v3", "glm4_moe")
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One differentiable operation of the forward pass; bytes of a micro-batch on one rank.
-
-    Attributes:
-        name: what it is.
-        saved: kept from its forward until its backward has run.
-        working: gradients and temporaries alive at the worst moment of its backward, those that come in included.
-        gradients: parameters (a number, not bytes) whose gradient its backward makes.
-        experts: those are routed experts'.
-        inner: run again in backward under "selective" recomputation.
-    """
-
-    name: str
-    saved: float
-    working: float
-    gradients: float = 0
-    experts: bool = False
-    inner: bool = False
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What one rank processes at a time.
-
-    Attributes:
-        num_sequences: b, of one micro-batch.
-        sequence_length: s, before context parallelism cuts it.
-        imbalance: rho, at least 1.
-        eager_attention: attention weights are stored; else SDPA or flash attention.
-    """
-
-    num_sequences: int
-    sequence_length: int
-    imbalance: float = 1.0
-    eager_attention: bool = False
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "num_sequences", "sequence_length")
-        if not self.imbalance >= 1:
-            raise ValueError(f"Tokens: imbalance is the busiest rank over the mean, at least 1, got {self.imbalance}")
 
 
 @dataclass(frozen=True)
@@ -200,7 +159,7 @@ class BlockBytes:
         return [
             *operations,
             self._linear("ffn up", d, up, products * d * width + ffn.vector_parameters(d), copies),
-            *_activation("ffn", ffn.gated, inner, self.stream, split=False),
+            *activation_operations("ffn", ffn.gated, inner, self.stream, split=False),
             self._linear("ffn down", width, 2 * self.stream + inner, d * width, inner=True),
         ]
 
@@ -253,7 +212,7 @@ class BlockBytes:
         return [
             Operation("gather", 2 * back, held + wide + self.num_tokens * width * size),
             Operation("expert up", wide, held + products * inner + wide, first, experts=True),
-            *_activation("expert", ffn.gated, inner, held, split=True),
+            *activation_operations("expert", ffn.gated, inner, held, split=True),
             Operation("expert down", inner, held + wide + inner, each, experts=True, inner=True),
             Operation("weighting", wide + rows * WIDE, held + weighted),
             Operation("combine", back, held + 2 * wide),
@@ -262,36 +221,39 @@ class BlockBytes:
     def _deltas(self, ffn: MoeFfn, width: int, held: float) -> list[Operation]:
         """A shared base and light deltas, fused: the base once per token, gate, activation and weighting per choice.
 
-        Low-rank deltas keep their bottlenecks; sparse and quantised ones are decoded one expert at a time.
+        Few narrow low-rank deltas run masked, a choice of all tokens at a time; others on rows sorted by expert, and then
+        low-rank ones are padded by an expert of zeros, a copy that stays. Others are decoded one expert at a time.
         """
         assert ffn.deltas is not None
-        size, rows = self.precision.expert, self.num_rows(ffn)
-        products = 2 if ffn.gated else 1
+        # They take the type of their input under autocast, and weight and sum in float32.
+        size, rows, products = self.precision.matmul, self.num_rows(ffn), 2 if ffn.gated else 1
         inner, once = rows * ffn.intermediate_size * size, self.num_tokens * ffn.intermediate_size * size
         base = width * ffn.intermediate_size
         entries = (ffn.routed_parameters(width) - base * (products + 1)) / self.layout.expert
-        ranks = sum(ffn.deltas.rank)
-        thin = rows * size * ranks
-        gather = Operation("gather", rows * INDEX, held + (rows + self.num_tokens) * width * size)
-        first = Operation("deltas up", rows * width * size + thin, held + 2 * products * inner, entries, experts=True)
+        masked = ffn.deltas.form == "low_rank" and ffn.num_experts * max(ffn.deltas.rank) <= MASKED_LIMIT
+        if masked:
+            thin = (rows + self.num_tokens) * size * ffn.num_experts * sum(ffn.deltas.rank)
+            gathered, turn, copies = 0.0, once, 0.0
+        else:
+            thin = rows * size * sum(ffn.deltas.rank)
+            gathered, turn = rows * width * size, inner
+            padded = (ffn.num_experts + 1) / ffn.num_experts
+            copies = entries * size * padded if ffn.deltas.form == "low_rank" else 0.0
+        bases, wide = products * once, WIDE / size
+        cast = base * size if self.precision.casts else 0.0
+        # In forward: what the base gave, one more copy of the inner rows, and what the deltas gave.
+        forward = bases + wide * (turn + gathered)
         return [
-            gather,
-            Operation("base up", 0, held + products * once + 2 * self.num_tokens * width * size, products * base),
-            first,
-            *_activation("expert", ffn.gated, inner, held + products * once, split=False),
-            Operation("weighting", inner, held + 3 * inner + once, inner=True),
-            Operation("deltas down", inner, held + 2 * inner + rows * width * size, experts=True, inner=True),
-            Operation("base down", once, held + once, base),
+            Operation("gather", rows * INDEX, held + gathered + self.num_tokens * width * size),
+            Operation(
+                "base up",
+                products * cast,
+                held + products * cast + bases + 2 * self.num_tokens * width * size,
+                products * base,
+            ),
+            Operation("deltas up", gathered + thin + copies, held + 2 * products * turn, entries, experts=True),
+            *activation_operations("expert", ffn.gated, inner, held + bases - 3 * (inner - turn), split=False),
+            Operation("weighting", inner * wide, held + bases + 3 * turn * wide, inner=True),
+            Operation("deltas down", inner, held + 2 * turn + gathered, experts=True, inner=True),
+            Operation("base down", once + cast, max(held + once + cast, forward), base),
         ]
-
-
-def _activation(name: str, gated: bool, inner: float, held: float, split: bool) -> list[Operation]:
-    """act(gate) * up, or act(up) alone; ``split``: gate and up come out of one product, and their gradients are joined."""
-    if not gated:
-        return [Operation(f"{name} activation", inner, held + 2 * inner, inner=True)]
-    joined = [Operation(f"{name} halves", 0, held + 4 * inner, inner=True)] if split else []
-    return [
-        *joined,
-        Operation(f"{name} activation", 2 * inner, held + 3 * inner, inner=True),
-        Operation(f"{name} gating", inner, held + 3 * inner, inner=True),
-    ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from hf_moe_ext.scaling.activations import BlockBytes, Operation, Tokens
+from hf_moe_ext.scaling.activations import BlockBytes
 from hf_moe_ext.scaling.layout import (
     Layout,
     LocalParameters,
@@ -18,6 +18,7 @@ from hf_moe_ext.scaling.layout import (
     stage_layers,
     stage_parameters,
 )
+from hf_moe_ext.scaling.operations import Operation, Tokens
 from hf_moe_ext.scaling.precision import Precision, choose_precision
 from hf_moe_ext.scaling.shape import MoeShape
 from hf_moe_ext.scaling.size_checks import check_at_least

@@ -20,9 +20,9 @@ from step_cost import count_bytes, measure_transient_bytes
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, PreTrainedConfig, Trainer, TrainingArguments
 
 from hf_moe_ext import OlmoeExtConfig
-from hf_moe_ext.scaling.activations import Tokens
 from hf_moe_ext.scaling.layout import Layout
 from hf_moe_ext.scaling.memory import TrainingStep, training_memory
+from hf_moe_ext.scaling.operations import Tokens
 from hf_moe_ext.scaling.shape import MoeShape
 
 STEPS = 3
@@ -32,8 +32,8 @@ SMALL_IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 
 def make_cases(scale: int = 1) -> dict[str, tuple[PreTrainedConfig, dict[str, Any]]]:
     """Name -> configuration and how it is trained; peaks of 1 GiB and more at scale 1, divided widths above."""
-    common = {"num_attention_heads": 8, "max_position_embeddings": 2048, **SMALL_IDS}
-    wide = {"hidden_size": 512 // scale, "vocab_size": 16384 // scale, **common}
+    common: dict[str, Any] = {"num_attention_heads": 8, "max_position_embeddings": 2048, **SMALL_IDS}
+    wide: dict[str, Any] = {"hidden_size": 512 // scale, "vocab_size": 16384 // scale, **common}
     olmoe = OlmoeConfig(
         num_hidden_layers=4, intermediate_size=512 // scale, num_experts=16, num_experts_per_tok=4, num_key_value_heads=8,
         **wide,
@@ -46,10 +46,15 @@ def make_cases(scale: int = 1) -> dict[str, tuple[PreTrainedConfig, dict[str, An
         num_hidden_layers=6, intermediate_size=512 // scale, num_experts=16, num_experts_per_tok=4, num_key_value_heads=8,
         moe_block="dcca", moe_latent_size=128 // scale, **wide,
     )  # fmt: skip
+    ders = OlmoeExtConfig(
+        num_hidden_layers=6, intermediate_size=1024 // scale, num_experts=16, num_experts_per_tok=4, num_key_value_heads=8,
+        moe_block="ders", ders_delta="low_rank", ders_rank=32 // scale, **wide,
+    )  # fmt: skip
     return {
         "olmoe float32": (olmoe, {"num_sequences": 4, "sequence_length": 512 // scale}),
         "mixtral autocast": (mixtral, {"num_sequences": 4, "sequence_length": 512 // scale, "precision": "autocast"}),
         "dcca float32": (dcca, {"num_sequences": 4, "sequence_length": 512 // scale}),
+        "ders float32": (ders, {"num_sequences": 4, "sequence_length": 512 // scale}),
         "olmoe full recompute": (olmoe, {"num_sequences": 8, "sequence_length": 512 // scale, "recompute": "full"}),
         "mixtral two micro-batches": (
             mixtral, {"num_sequences": 2, "sequence_length": 512 // scale, "num_micro_batches": 2},

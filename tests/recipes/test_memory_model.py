@@ -17,5 +17,5 @@ CASES = memory_model.make_cases(scale=4)
 def test_predicted_peak_is_the_measured_one(name):
     config, settings = CASES[name]
     predicted, measured = memory_model.predict(config, **settings).total, memory_model.measure(config, **settings)
-    # The issue asks for a tenth; the count of saved tensors leaves no such room.
-    assert predicted == pytest.approx(measured, rel=0.02)
+    # The issue asks for a tenth. The count of saved tensors leaves no such room, but for the many small ones of deltas.
+    assert predicted == pytest.approx(measured, rel=0.06 if "ders" in name else 0.02)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from hf_moe_ext.scaling.activations import Tokens
 from hf_moe_ext.scaling.calibrate import Measured, calibrate, read_measured
 from hf_moe_ext.scaling.feed_forward import MoeFfn
 from hf_moe_ext.scaling.hardware import find_hardware
 from hf_moe_ext.scaling.layout import Layout
 from hf_moe_ext.scaling.memory import TrainingStep
+from hf_moe_ext.scaling.operations import Tokens
 from hf_moe_ext.scaling.rank_seconds import Efficiency
 from hf_moe_ext.scaling.roofline import training_time
 from hf_moe_ext.scaling.shape import MoeShape

@@ -55,7 +55,7 @@ def test_a_shared_base_is_on_every_rank():
     whole, cut = (layer_parameters_on_rank(shape, 0, Layout(data=n, expert=n)) for n in (1, 8))
     deltas = 8 * 3 * 4 * (64 + 32)
     assert (whole.experts, cut.experts, cut.dense) == (deltas, deltas / 8, whole.dense)
-    assert whole.total == layer_parameters_on_rank(shape, 0, Layout()).total
+    assert stage_parameters(shape, Layout(), 0).total == shape.total_parameters
 
 
 def test_latent_caches_are_not_cut_by_tensor_parallelism():

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from hf_moe_ext.scaling.activations import BlockBytes, Tokens
+from hf_moe_ext.scaling.activations import MASKED_LIMIT, BlockBytes
 from hf_moe_ext.scaling.feed_forward import Deltas, DenseFfn, MoeFfn
 from hf_moe_ext.scaling.layout import Layout, stage_parameters
 from hf_moe_ext.scaling.memory import TrainingStep, bytes_per_parameter, training_memory
+from hf_moe_ext.scaling.operations import Tokens
 from hf_moe_ext.scaling.precision import PRECISIONS, choose_precision
 from hf_moe_ext.scaling.shape import MoeShape
 
@@ -63,6 +64,12 @@ def test_every_gradient_is_made_once():
         assert sum(one.gradients for part in parts for one in part) == shape.total_parameters
 
 
+def test_narrow_deltas_are_masked_where_the_forward_pass_masks_them():
+    from hf_moe_ext.ders.forward import DENSE_LIMIT
+
+    assert MASKED_LIMIT == DENSE_LIMIT
+
+
 def buckets(layout=None, shape=SHAPE, **step):
     return training_memory(shape, layout or Layout(), TrainingStep(step.pop("tokens", TOKENS), "float32", **step)).peak
 
@@ -80,6 +87,12 @@ def test_gradients_of_earlier_micro_batches_stay():
     assert few.gradients == 0  # the peak stands at the loss
     assert many.gradients == 4 * SHAPE.total_parameters
     assert many.total > few.total
+
+
+def test_few_tokens_peak_where_all_gradients_have_come():
+    memory = training_memory(SHAPE, Layout(), TrainingStep(Tokens(1, 8), "float32"))
+    assert memory.moment == "embedding"
+    assert memory.peak.gradients == 4 * SHAPE.total_parameters
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from hf_moe_ext.scaling.activations import Tokens
 from hf_moe_ext.scaling.exchange import RECOMPUTED, TRAINING, Exchange, expect_sent, layer_bytes
 from hf_moe_ext.scaling.feed_forward import DenseFfn, MoeFfn
 from hf_moe_ext.scaling.hardware import Hardware, find_hardware
 from hf_moe_ext.scaling.layout import Layout, stage_parameters
 from hf_moe_ext.scaling.memory import TrainingStep
+from hf_moe_ext.scaling.operations import Tokens
 from hf_moe_ext.scaling.rank_seconds import Efficiency
 from hf_moe_ext.scaling.roofline import (
     batch_tokens_to_compute,
