@@ -17,7 +17,11 @@ class Reader:
 
     def __init__(self, told: Json, model: Json) -> None:
         self.told, self.model, self.config = told, model, model["config"]
-        self.request, self.hardware, self.eff = told["request"], told["request"]["hardware"], told["request"]["efficiency"]
+        self.request, self.hardware, self.eff = (
+            told["request"],
+            told["request"]["hardware"],
+            told["request"]["efficiency"],
+        )
         c = self.config
         self.d, self.n, self.v = c["hidden_size"], c["num_hidden_layers"], c["vocab_size"]
         self.ctx = c["max_position_embeddings"]
@@ -164,7 +168,9 @@ class Reader:
         passes = 4 if full else 3
         grouped = (hardware["grouped_flops_per_s"] or hardware["flops_per_s"]) * eff["grouped"]
         memory = hardware["memory_bytes_per_s"] * eff["memory"]
-        products = passes * self.tokens * (sum(flops.values()) - flops["experts"]) / (hardware["flops_per_s"] * eff["gemm"])
+        products = (
+            passes * self.tokens * (sum(flops.values()) - flops["experts"]) / (hardware["flops_per_s"] * eff["gemm"])
+        )
         compute, read = self.tokens * self.rho * flops["experts"] / grouped, local["experts"] * width["expert"] / memory
         moved = self.all_to_all(self.tokens, layout, 2 if full else 1, 1, width["expert"])
         gradients, weights = {0: (2, 0), 1: (1, 1), 3: (self.m, 2 * self.m)}[zero]
@@ -190,7 +196,9 @@ class Reader:
         request, prices = self.request, self.request["prices"]
         hours = request["gpu_hours"]
         if request["money"] is not None:
-            fixed = prices["effort_hours"] * prices["effort_hour"] + request["moved_bytes"] / 1e9 * prices["per_gb_moved"]
+            fixed = (
+                prices["effort_hours"] * prices["effort_hour"] + request["moved_bytes"] / 1e9 * prices["per_gb_moved"]
+            )
             hours = (request["money"] - fixed) / prices["gpu_hour"]
         seconds = hours / request["num_devices"] * 3600 * request["utilisation"]
         flops = seconds * request["num_devices"] * self.hardware["flops_per_s"] * self.eff["gemm"]
