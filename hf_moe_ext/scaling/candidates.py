@@ -7,6 +7,7 @@ all shapes of a width and depth spend nearly the same FLOPs in their experts, an
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from hf_moe_ext.scaling.plan_request import PlanRequest
@@ -22,8 +23,8 @@ MOST_EXPERTS = 512
 # Width of a dense FFN over d; Abnar's.
 FFN_RATIO = 4
 ALIGNMENT = 64
-# Latent experts: r = 1/4; worth their projections only where several rows of a token travel.
-LATENT_DIVISOR, LATENT_TOP_KS, LATENT_RATIOS = 4, (4, 8), (4, 8, 16)
+# Latent experts: r = 1/4 and 1/8; worth their projections only where several rows of a token travel.
+LATENT_DIVISORS, LATENT_TOP_KS, LATENT_RATIOS = (4, 8), (4, 8), (4, 8, 16)
 # Shared base: full-width experts, low-rank deltas of d / 16.
 DELTA_RANK_DIVISOR, DELTA_TOP_K, DELTA_RATIOS = 16, 2, (4, 8, 16)
 
@@ -90,15 +91,15 @@ def _of_size(request: PlanRequest, hidden_size: int, num_layers: int) -> Iterato
         for top_k in TOP_KS:
             if wide % (top_k * ALIGNMENT) == 0 and ratio * top_k <= MOST_EXPERTS:
                 yield _make("standard", stem, request.family, wide // top_k, ratio * top_k, top_k)
-    for ratio in LATENT_RATIOS if "dcca" in request.blocks else ():
-        latent_size = hidden_size // LATENT_DIVISOR
+    for ratio, divisor in product(LATENT_RATIOS, LATENT_DIVISORS) if "dcca" in request.blocks else ():
+        latent_size = hidden_size // divisor
         for top_k in LATENT_TOP_KS:
             if latent_size % (ALIGNMENT // 2) == 0 and wide % (top_k * ALIGNMENT) == 0:
                 latent = {
                     "moe_latent_size": latent_size,
                     "moe_expert_gated": True,
                     # As many parameters as an expert of the full width.
-                    "moe_expert_intermediate_size": LATENT_DIVISOR * wide // top_k,
+                    "moe_expert_intermediate_size": divisor * wide // top_k,
                 }
                 yield _make("dcca", stem | latent, request.family, wide // top_k, ratio * top_k, top_k)
     for ratio in DELTA_RATIOS if "ders" in request.blocks else ():

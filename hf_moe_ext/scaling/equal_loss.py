@@ -7,7 +7,7 @@ from hf_moe_ext.scaling.candidates import Candidate, enumerate_candidates
 from hf_moe_ext.scaling.money import BreakEven, break_even
 from hf_moe_ext.scaling.plan_quality import INVERTIBLE, loss_of, tokens_for_loss
 from hf_moe_ext.scaling.plan_request import PlanRequest
-from hf_moe_ext.scaling.planner import Plan
+from hf_moe_ext.scaling.plan_result import Plan
 from hf_moe_ext.scaling.pricing import (
     Run,
     Serving,

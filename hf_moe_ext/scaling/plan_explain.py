@@ -12,7 +12,7 @@ from hf_moe_ext.scaling.laws import LAWS
 from hf_moe_ext.scaling.layout import stage_parameters
 from hf_moe_ext.scaling.plan_quality import RANKING, equivalent_budgets
 from hf_moe_ext.scaling.plan_request import PlanRequest
-from hf_moe_ext.scaling.planner import Plan, PlanResult
+from hf_moe_ext.scaling.plan_result import Plan, PlanResult
 from hf_moe_ext.scaling.precision import choose_precision
 from hf_moe_ext.scaling.pricing import Run, Serving, Shortage, Training
 

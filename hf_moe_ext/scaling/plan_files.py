@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_moe_ext.scaling.laws.leverage import learning_rate
 from hf_moe_ext.scaling.plan_request import PlanRequest
-from hf_moe_ext.scaling.planner import Plan
+from hf_moe_ext.scaling.plan_result import Plan
 
 CONFIG, ARGUMENTS = "config.json", "training_arguments.json"
 _ARCHITECTURES = {"olmoe_ext": "OlmoeExtForCausalLM", "mixtral_ext": "MixtralExtForCausalLM"}

@@ -21,7 +21,8 @@ from hf_moe_ext.scaling.plan_quality import (
     tokens_for_loss,
 )
 from hf_moe_ext.scaling.plan_request import Inference, PlanRequest
-from hf_moe_ext.scaling.planner import PlanResult, plan
+from hf_moe_ext.scaling.plan_result import PlanResult
+from hf_moe_ext.scaling.planner import plan
 from hf_moe_ext.scaling.pricing import Shortage, choose_serving, least_memory
 from hf_moe_ext.scaling.shape import MoeShape
 

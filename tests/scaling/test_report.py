@@ -23,8 +23,9 @@ from hf_moe_ext.scaling.money import Prices
 from hf_moe_ext.scaling.plan_explain import as_csv, explain
 from hf_moe_ext.scaling.plan_files import emit_config
 from hf_moe_ext.scaling.plan_request import Inference, PlanRequest
+from hf_moe_ext.scaling.plan_result import PlanResult
 from hf_moe_ext.scaling.plan_text import format_plan, settling_experiment
-from hf_moe_ext.scaling.planner import PlanResult, plan
+from hf_moe_ext.scaling.planner import plan
 from hf_moe_ext.scaling.report import CAPTIONS, render_html, render_markdown
 
 REQUEST = PlanRequest(
