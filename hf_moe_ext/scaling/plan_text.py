@@ -113,7 +113,9 @@ def savings(told: dict[str, Any]) -> list[str]:
 
 
 def _break_even_text(one: dict[str, Any], currency: str) -> str:
-    saved = f"over the whole demand {one['saved_over_demand']:,.0f} {currency}."
+    verb = "saves" if one["saved_over_demand"] >= 0 else "costs"
+    more = "" if verb == "saves" else " more"
+    saved = f"{verb} {abs(one['saved_over_demand']):,.0f} {currency}{more} over the whole demand."
     if one["tokens"] is None:
         return f"never cheaper; {saved}"
     if one["tokens"] == 0:

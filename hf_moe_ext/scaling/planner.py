@@ -159,10 +159,15 @@ def _recommend(plans: list[Plan], request: PlanRequest) -> tuple[Plan, str]:
         chosen = min(near, key=lambda one: one.training.memory.total)
         saving = "least memory"
     low, high = chosen.spread
+    why = "the best of the plans that laws cover"
+    if len(near) > 1:
+        why = (
+            f"of {len(near)} covered plans within {request.indifference:.0%} of the best quality, {best.quality:.2f}, "
+            f"it has the {saving}"
+        )
     reason = (
         f"{chosen.candidate.name}: worth {chosen.quality:.2f} times the compute of the best dense model of this budget "
-        f"(laws say {low:.2f} to {high:.2f}); of {len(near)} covered plans within {request.indifference:.0%} of the best "
-        f"quality, {best.quality:.2f}, it has the {saving}"
+        f"(laws say {low:.2f} to {high:.2f}); {why}"
     )
     if not any(chosen.answers[name].in_range for name in RANKING):
         reason += "; no law was fitted anywhere near: an extrapolation, not a forecast"
