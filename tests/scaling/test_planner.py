@@ -111,8 +111,11 @@ def test_uncovered_kinds_are_shown_and_never_recommended() -> None:
     for one in result.plans:
         beyond = one.candidate.block in ("dcca", "ders") or one.candidate.shape.sparsity > 0.95
         assert bool(one.uncovered) == beyond
-    assert not result.recommended.uncovered
     assert any(one.uncovered for one in result.pareto)
+    # A node for a week: the sparsest promise most.
+    ahead = _plan(PlanRequest(NODE, num_devices=8, gpu_hours=8.0 * 168))
+    assert ahead.plans[0].uncovered
+    assert not ahead.recommended.uncovered
 
 
 def test_pareto_set_has_no_beaten_plan_and_no_other_is_missing() -> None:
