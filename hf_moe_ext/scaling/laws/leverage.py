@@ -93,7 +93,7 @@ class LeverageLaw(Law):
         values = {
             "activation_ratio": (chosen + shared) / (experts + shared) if experts else 1.0,
             "granularity": granularity(shape, 2 * shape.hidden_size) if experts else 2.0,
-            "budget_flops": (terms.total - terms.unembedding) * num_tokens,
+            "budget_flops": (terms.total - terms.unembedding) * float(num_tokens),
         }
         return Counts(self.card.name, values, not_covered(shape, shared=False, dense_layers=False))
 

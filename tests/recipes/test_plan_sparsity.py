@@ -1,0 +1,150 @@
+"""The worked examples: every number of a recommended plan made again from the JSON alone, by a reader of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.plan_reader import Reader, break_even, equal_loss_steps, saturate
+
+EXAMPLES = ("node_week", "home", "cluster")
+ROOTS = 1e-5  # budgets found by two different searches
+
+
+@pytest.fixture(scope="module")
+def folder(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the recipe writes, run as a user does."""
+    folder = tmp_path_factory.mktemp("plans")
+    command = [sys.executable, str(recipes / "plan_sparsity.py"), "--output_dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"--- {name} " in done.stdout for name in EXAMPLES)
+    return folder
+
+
+@pytest.fixture(params=EXAMPLES)
+def told(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
+    """One example."""
+    return json.loads((folder / request.param / "explain.json").read_text())
+
+
+def _models(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "recommended", told["recommended"]
+    yield "dense_reference", told["dense_reference"]
+    for law, one in told["equal_loss_dense"].items():
+        assert one is not None
+        yield law, one
+
+
+def _agree(found: dict[str, Any], printed: dict[str, Any], rel: float = 1e-9) -> None:
+    """Every key of ``found`` as printed; whatever is printed beside is zero."""
+    assert found
+    for key, value in found.items():
+        if isinstance(value, dict):
+            _agree(value, printed[key], rel)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            assert printed[key] == pytest.approx(value, rel=rel, abs=1e-12), key
+        else:
+            assert printed[key] == value, key
+
+
+def test_counts_and_flops(told: dict[str, Any]) -> None:
+    """Integers to the unit."""
+    for _, model in _models(told):
+        reader = Reader(told, model)
+        assert model["parameters"] == reader.parameters()
+        assert model["training_flops_per_token"] == reader.training_flops
+        assert model["intermediate"]["training_flops"] == reader.flops(6, 14)
+        assert model["intermediate"]["forward_flops"] == reader.flops(2, 2)
+        _agree(reader.on_rank(model["layout"]), model["intermediate"]["parameters_on_rank"])
+        assert model["sparsity"] == pytest.approx(1 - reader.K / reader.E if reader.E else 0.0)
+
+
+def test_memory(told: dict[str, Any]) -> None:
+    """The walk backward over the listed operations ends at the same peak, which fits."""
+    for _, model in _models(told):
+        found = Reader(told, model).memory()
+        _agree(found, model["memory"])
+        assert found["total"] <= told["derived"]["usable_bytes"]
+
+
+def test_time_run_and_cost(told: dict[str, Any]) -> None:
+    """Seconds of a step, steps of the budget, hours, money."""
+    for name, model in _models(told):
+        reader = Reader(told, model)
+        _agree(reader.derived(), told["derived"])
+        _agree(reader.time(), model["time"])
+        steps = None
+        if name in told["equal_loss_dense"]:
+            steps = equal_loss_steps(name, reader, model["target_loss"])
+        _agree(reader.run(steps), model["run"])
+    seconds = told["recommended"]["time"]
+    for part, share in told["binding"]["step_shares"].items():
+        assert share == pytest.approx(seconds[part] / seconds["total"])
+
+
+def test_laws_gains_and_spread(told: dict[str, Any]) -> None:
+    """Dense-equivalent budgets by other searches than the laws use; their quotients, mean and spread."""
+    budgets = {}
+    for key in ("recommended", "dense_reference"):
+        model = told[key]
+        reader = Reader(told, model)
+        budgets[key] = reader.equivalent_budgets(model["run"]["num_tokens"])
+        for law, budget in budgets[key].items():
+            assert model["equivalent_budgets"][law] == pytest.approx(budget, rel=ROOTS)
+            counted = model["laws"][law]["counts"]["budget_flops"]
+            assert model["laws"][law]["compute_multiplier"] == pytest.approx(budget / counted, rel=ROOTS)
+        assert model["laws"]["routed"]["compute_multiplier"] == pytest.approx(reader.routed_multiplier(), rel=1e-9)
+        tokens = model["run"]["num_tokens"]
+        assert model["laws"]["abnar"]["counts"]["budget_flops"] == pytest.approx(reader.training_flops * tokens)
+        assert model["tokens_per_active_parameter"] == pytest.approx(tokens / model["parameters"]["active"])
+    gains = {law: budgets["recommended"][law] / budgets["dense_reference"][law] for law in budgets["recommended"]}
+    best = told["recommended"]
+    _agree(gains, best["gains"], ROOTS)
+    product = gains["abnar"] * gains["joint"] * gains["leverage"]
+    assert best["quality"] == pytest.approx(product ** (1 / 3), rel=ROOTS)
+    assert best["spread"] == pytest.approx([min(gains.values()), max(gains.values())], rel=ROOTS)
+
+
+def test_serving_and_break_even(folder: Path) -> None:
+    """Of the one example with a demand."""
+    told = json.loads((folder / "node_week" / "explain.json").read_text())
+    for _, model in _models(told):
+        _agree(Reader(told, model).serving(), model["serving"])
+    best, compared = told["recommended"], {}
+    for law, other in told["equal_loss_dense"].items():
+        compared[f"dense of equal loss ({law})"] = (other["run"]["total_cost"], other["serving"]["cost_per_million"])
+    compared["doing nothing"] = (0.0, told["request"]["inference"]["present_cost_per_million"])
+    assert told["break_even"].keys() == compared.keys()
+    for name, other in compared.items():
+        mine = best["run"]["total_cost"], best["serving"]["cost_per_million"]
+        found = break_even(*mine, *other)
+        _agree(found, told["break_even"][name])
+        demand = told["request"]["inference"]["generated_tokens"]
+        saved = demand / 1e6 * found["saving_per_million"] - found["one_off"]
+        assert told["break_even"][name]["saved_over_demand"] == pytest.approx(saved)
+
+
+def test_the_recommended_is_of_the_set_and_covered(told: dict[str, Any]) -> None:
+    """Within the indifference of the best covered plan; nothing of its class beats it everywhere."""
+    best = told["recommended"]
+    assert not best["uncovered"]
+    covered = [one for one in told["plans"] if one["covered"]]
+    assert best["quality"] >= max(one["quality"] for one in covered) * (1 - told["request"]["indifference"])
+    assert any(one["name"] == best["name"] for one in told["pareto"])
+    for one in told["plans"]:
+        assert one["memory_bytes"] <= told["derived"]["usable_bytes"]
+        assert one["quality_low"] <= one["quality"] <= one["quality_high"]
+
+
+def test_a_second_run_keeps_what_is_there(recipes: Path, folder: Path) -> None:
+    """Exit code 2, and the message names the folder."""
+    command = [sys.executable, str(recipes / "plan_sparsity.py"), "--example", "home", "--output_dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "already has config.json" in done.stderr
+    assert saturate(0.0, 2.0732, 290.4521) == pytest.approx(2.0732)  # the reader's own formula at its start
