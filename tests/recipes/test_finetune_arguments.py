@@ -7,8 +7,8 @@ import pytest
 from finetune_arguments import UserError, find_idle_settings, parse_arguments
 from finetune_model import build_adapter_config
 
-# pretrain_*.yaml are another recipe's.
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "configs").glob("[!p]*.yaml"))
+# pretrain_*.yaml and upcycle.yaml are other recipes'.
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "configs").glob("[!pu]*.yaml"))
 EXPECTED = {
     "quickstart_r", "quickstart_e", "quickstart_d", "quickstart_s", "quickstart_lora_qv", "reasoning_local",
     "olmoe_commonsense", "mixtral_commonsense",
