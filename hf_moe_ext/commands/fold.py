@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from hf_moe_ext.commands.conventions import BAD_INPUT, Json, Overwrite, print_report, refusal_of
+from hf_moe_ext.commands.conventions import BAD_INPUT, Json, OutputFolder, Overwrite, print_report, refusal_of
 
 
 def fold_multipliers(
     source: Annotated[str, typer.Argument(help="Folder or Hub id: mixtral_ext or olmoe_ext, every block standard.")],
-    output: Annotated[str, typer.Option(help="Folder to write.")],
+    output: OutputFolder,
     untie: Annotated[
         bool, typer.Option("--untie", help="Give a model whose head is its embedding a head of its own.")
     ] = False,

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from hf_moe_ext.commands.conventions import Json, refusal_of
+from hf_moe_ext.commands.conventions import Json, OutputFolder, Overwrite, refusal_of
 
 
 def convert_to_dcca(
     model: Annotated[str, typer.Argument(help="Folder or Hub id: mixtral, olmoe, mixtral_ext or olmoe_ext.")],
-    output: Annotated[str, typer.Option(help="Folder to write.")],
+    output: OutputFolder,
     calibration: Annotated[
         str | None,
         typer.Option(help="Text file or folder of texts. [default: source of the Python standard library]"),
@@ -35,7 +35,7 @@ def convert_to_dcca(
     ] = 0.0,
     distill_router: Annotated[bool, typer.Option(help="Train the converted layers' routers too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the calibration sample and the distillation.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output folder.")] = False,
+    overwrite: Overwrite = False,
     device: Annotated[str | None, typer.Option(help="Where to compute. [default: CUDA if there is one]")] = None,
     as_json: Json = False,
 ) -> None:

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from hf_moe_ext.commands.conventions import BAD_INPUT, Json, Overwrite, print_report, refusal_of
+from hf_moe_ext.commands.conventions import BAD_INPUT, Json, OutputFolder, Overwrite, print_report, refusal_of
 
 
 def upcycle_checkpoint(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model: llama, mistral, granite or qwen3.")],
-    output: Annotated[str, typer.Option(help="Folder to write.")],
+    output: OutputFolder,
     form: Annotated[
         Literal["ders", "vanilla"],
         typer.Option(help="ders: a shared base and a delta per expert; vanilla: full copies, a stock checkpoint."),

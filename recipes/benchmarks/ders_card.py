@@ -119,14 +119,15 @@ def _quality(part: dict[str, Any]) -> str:
         f"\n### Loss after equal tokens\n\nThe quickstart's dense Llama, trained on for {part['steps']} steps of "
         f"{part['tokens_per_step']:,} tokens of the standard library, as what it was upcycled to; {part['held_out_rows']} "
         f"held-out rows, seeds {', '.join(map(str, part['seeds']))}. The learning rate of each arm is its best of those "
-        f"tried with seed {part['search_seed']}.\n",
-        "| arm | parameters | MB | rate | before | after | gain | worth of the deltas | against vanilla | against dense |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"tried with seed {part['search_seed']}, and so is, at that rate, how many times it the deltas have.\n",
+        "| arm | parameters | MB | rate | deltas' | before | after | gain | worth of the deltas | against vanilla | against dense |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, arm in part["arms"].items():
         after = sum(arm["after"].values()) / len(arm["after"])
         lines.append(
-            f"| {name} | {arm['parameters']:,} | {arm['model_bytes'] / 1e6:.1f} | {arm['chosen']} | {arm['before']:.4f} | "
+            f"| {name} | {arm['parameters']:,} | {arm['model_bytes'] / 1e6:.1f} | {arm['chosen']} | "
+            f"{'x ' + arm['ratio'] if len(arm['tried_ratios']) > 1 else '-'} | {arm['before']:.4f} | "
             f"{after:.4f} | {_interval(arm['gain'])} | {_interval(arm.get('worth_of_deltas'))} | "
             f"{_relative(arm.get('against_vanilla'))} | {_relative(arm.get('against_dense'))} |"
         )
@@ -138,11 +139,22 @@ def _quality(part: dict[str, Any]) -> str:
         f"{_verdict(min(least.values()) >= GAIN_BAR)} (least: {_list(least)}).",
         "- Every arm loses when its experts are levelled (deltas to zero; full copies to their mean), in every seed: "
         f"{_verdict(min(worth.values()) > 0)} (least: {_list(worth)}).",
+        *(
+            f"- {name} with one rate for all, as the paper has it: {sum(arm['after'].values()) / len(arm['after']):.4f}, worth "
+            f"of the deltas {_interval(arm.get('worth_of_deltas'))}."
+            for name, arm in part["with_one_rate"].items()
+        ),
         "",
         "Losses of the search: "
         + "; ".join(
             f"{name}: " + ", ".join(f"{rate} {loss:.4f}" for rate, loss in arm["tried"].items())
             for name, arm in part["arms"].items()
+        )
+        + ". Deltas' rate: "
+        + "; ".join(
+            f"{name}: " + ", ".join(f"x {ratio} {loss:.4f}" for ratio, loss in arm["tried_ratios"].items())
+            for name, arm in part["arms"].items()
+            if len(arm["tried_ratios"]) > 1
         )
         + ".",
     ]

@@ -18,7 +18,7 @@ class LayerPreset:
     num_threads: tuple[int, ...] = (1, 2)
     forward_top_k: int = 2
     rounds: int = 9
-    slow_rounds: int = 3
+    slow_rounds: int = 2
     steps: int = 1
     decode_steps: int = 20
     device: str = "cpu"
