@@ -56,10 +56,10 @@ class QualityPreset:
     seeds: tuple[int, ...] = (0, 1, 2)
     flags: tuple[str, ...] = ("--max_steps", "300", "--per_device_train_batch_size", "4", "--max_eval_samples", "192")
     drop_rates: tuple[float, ...] = (0.5, 0.6, 0.8, 0.9, 0.95, 0.99)
-    mask_seeds: tuple[int, ...] = (0, 1, 2)
+    mask_seeds: tuple[int, ...] = (0, 1)
     bits: tuple[int, ...] = (8, 4, 2, 1)
     group_size: int = 64
-    num_rows: int = 64
+    num_rows: int = 24
 
 
 @dataclass(frozen=True)
