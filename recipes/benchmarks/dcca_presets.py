@@ -95,7 +95,7 @@ GPU80 = Preset(
 SMOKE = Preset(
     loss=LossPreset(
         vocab_size=300, hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_experts=4, top_k=2, length=32,
-        batch_size=2, max_steps=6, warmup_steps=1, num_decay_steps=2, eval_steps=2, num_curve_rows=4,
+        batch_size=2, max_steps=10, warmup_steps=1, num_decay_steps=2, eval_steps=1, num_curve_rows=4,
         num_held_out_rows=8, learning_rates=("2e-3",), seeds=(0, 1), num_variant_seeds=1, num_time_rounds=1, all_variants=False,
     ),
     step=StepPreset(
