@@ -23,7 +23,10 @@ METRICS = "metrics.json"
 START, END = "<!-- hf_moe_ext: card -->", "<!-- hf_moe_ext: end -->"
 _OLD_START = "<!-- hf_moe_ext: how to load -->"
 # Templates that libraries write and nobody has filled in.
-_UNTOUCHED = ({"# Model Card for Model ID", "- **Developed by:** [More Information Needed]"},)
+_UNTOUCHED = (
+    "- **Developed by:** [More Information Needed]",
+    "<!-- This model card has been generated automatically according to the information the Trainer had access to. You",
+)
 _VERSIONS = "### Framework versions"
 _SHOWN_SAMPLES = 8
 
@@ -185,7 +188,7 @@ def _own_words(text: str) -> tuple[str, str]:
 
 
 def _without_template(text: str) -> str:
-    if any(set(text.splitlines()) >= lines for lines in _UNTOUCHED):
+    if set(text.splitlines()) & set(_UNTOUCHED):
         text = _VERSIONS + text.partition(_VERSIONS)[2] if _VERSIONS in text else ""
     return text.strip()
 

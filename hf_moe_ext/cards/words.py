@@ -55,7 +55,7 @@ def describe_adapter(config: Mapping[str, Any], name: str, base: str) -> dict[st
         "citation": f"{_PAPERS['perft']}\n\n{_PAPERS['hf_moe_ext']}",
         "limits": [
             "It cannot be merged into the base's weights, so every step pays for it and a server must know PERFT.",
-            "Without `import hf_moe_ext` PEFT does not know the type and refuses it.",
+            "Without this package PEFT does not know the type and refuses it.",
         ],
     }
 
@@ -74,7 +74,7 @@ def describe_model(config: Mapping[str, Any], name: str, base: str | None) -> di
     loading = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("{}")'
     loading = f"{_IMPORT}\n{loading}" if ours else loading
     blocks = f", with the MoE block `{block}`" if block else ""
-    limits = ["Without `import hf_moe_ext` Transformers does not know the type and refuses it."] if ours else []
+    limits = ["Without this package Transformers does not know the type and refuses it."] if ours else []
     return {
         "what": f"A `{model_type}` language model{blocks}" + (f", made from {base}." if base else "."),
         "loading": loading.format(name),

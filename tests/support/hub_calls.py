@@ -136,7 +136,8 @@ class HubHandler(Handler):
         """Files below a folder, all of them whether asked to recurse or not."""
         commit = self._commit(self._repository(repo_id), revision)
         inside = f"{folder}/" if folder else ""
-        return 200, [_entry(path, file) for path, file in sorted(commit.files.items()) if path.startswith(inside)], {}
+        entries = [_entry(path, file) for path, file in sorted(commit.files.items()) if path.startswith(inside)]
+        return 200, [e | ({"oid": "0" * 40} if e["path"] in self.hub.spoiled else {}) for e in entries], {}
 
     def paths_info(self, repo_id: str, revision: str) -> tuple[int, Any, dict[str, str]]:
         """Those of the named paths that are files."""

@@ -49,6 +49,7 @@ class LocalHub:
         requests: Method and path of every request, in order.
         tokens_at_storage: How many requests to the storage port carried a token (none should).
         part_bytes: Large files above this size go up in parts.
+        spoiled: Paths whose content the Hub lists as another than it got.
         lfs_bytes: Files from this size are large; weights always are.
     """
 
@@ -63,6 +64,7 @@ class LocalHub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     tokens_at_storage: int = 0
     failures: list[Failure] = field(default_factory=list)
+    spoiled: set[str] = field(default_factory=set)
     errors: list[Exception] = field(default_factory=list)
     endpoint: str = ""
     storage_endpoint: str = ""
