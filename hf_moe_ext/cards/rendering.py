@@ -17,7 +17,7 @@ from hf_moe_ext.cards.facts import (
     without_machine_paths,
 )
 from hf_moe_ext.cards.front_matter import CARD, NOT_ON_THE_HUB, build_front_matter, is_hub_id, load_card
-from hf_moe_ext.cards.words import describe_adapter, describe_model
+from hf_moe_ext.cards.words import describe_adapter, describe_measurement, describe_model
 
 METRICS = "metrics.json"
 START, END = "<!-- hf_moe_ext: card -->", "<!-- hf_moe_ext: end -->"
@@ -52,8 +52,8 @@ def render_card(
         CardError: No model is in the folder, a file cannot be read, or a number has no source or is not finite.
     """
     folder = Path(folder)
-    config_file, config = _read_config(folder)
     facts = _read_metrics(metrics, source)
+    config_file, config = _read_config(folder, bool(facts.values))
     old = load_card(folder / CARD)
     words = _describe(config_file, config, name or _own_name(folder), facts)
     results = read_results(facts)
@@ -147,12 +147,14 @@ def name_repository(text: str, repo_id: str, revision: str | None = None) -> str
     return before + found + ours + end + after
 
 
-def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+def _read_config(folder: Path, measured: bool) -> tuple[str, dict[str, Any]]:
     if not folder.is_dir():
         raise CardError(f"{folder} is no folder. Give the folder of a saved adapter or model.")
     for name in ("adapter_config.json", "config.json"):
         if (folder / name).is_file():
             return name, _read_json(folder / name)
+    if measured:
+        return "", {}
     raise CardError(
         f"{folder} holds neither adapter_config.json nor config.json, so there is no model to describe. Save one there "
         "with save_pretrained."
@@ -197,7 +199,9 @@ def _describe(config_file: str, config: Mapping[str, Any], name: str, facts: Met
     settings = facts.values.get("settings") or {}
     base = config.get("base_model_name_or_path") or settings.get("model_name_or_path") or settings.get("parent")
     shown = f"`{base if is_hub_id(base) else Path(str(base)).name}`" if base else None
-    if config_file == "adapter_config.json":
+    if not config_file:
+        words = describe_measurement(shown)
+    elif config_file == "adapter_config.json":
         words = describe_adapter(config, name, shown or "a base model that its configuration does not name")
     else:
         words = describe_model(config, name, shown)

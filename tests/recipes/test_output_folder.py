@@ -71,8 +71,8 @@ def test_the_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("output_folder.get_token", lambda: None)
-    with pytest.raises(UserError, match="--push_to_hub true needs a token"):
+    monkeypatch.setattr("hf_moe_ext.hub.pushing.get_token", lambda: None)
+    with pytest.raises(UserError, match="--push_to_hub true: A push needs a token"):
         check_hub_login(_arguments(tmp_path, "--push_to_hub", "true"))
     check_hub_login(_arguments(tmp_path, "--push_to_hub", "true", "--hub_token", "hf_x"))
 
