@@ -269,7 +269,7 @@ def _relative_entropy(shares: Sequence[float]) -> float:
     """Entropy of the shares over that of even ones: 1 is even, 0 is one expert for all."""
     if len(shares) < 2:
         return 1.0
-    return -sum(share * math.log(share) for share in shares if share > 0) / math.log(len(shares))
+    return sum(share * math.log(1 / share) for share in shares if share > 0) / math.log(len(shares))
 
 
 def read_costs(metrics: Metrics) -> list[tuple[str, Fact]]:
