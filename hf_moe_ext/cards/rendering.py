@@ -229,8 +229,7 @@ def _read_data(facts: Metrics) -> dict[str, Any]:
     if name in NOT_ON_THE_HUB:
         said = f"`{name}`, which the recipe makes from the text of Python's standard library."
     run = facts.fact("data.verbatim_tokens", "{}")
-    recited = "continuations that hold a run of the training text's tokens"
-    recited = f"{recited} this long: {run}" if run else recited
+    recited = f"that hold {f'{run} tokens in a row' if run else 'a run of tokens'} of the training text"
     lines = [
         {"said": "train rows", "fact": facts.fact("train_rows", "{:,}")},
         {"said": "held-out rows", "fact": facts.fact("loss.rows", "{:,}")},
@@ -238,8 +237,14 @@ def _read_data(facts: Metrics) -> dict[str, Any]:
             "said": "held-out rows that are train rows too, letter case and spacing aside",
             "fact": facts.fact("data.duplicate_rate", "{:.2%}"),
         },
-        {"said": f"train prompts, greedy {recited}", "fact": facts.fact("data.verbatim_rate_train", "{:.1%}")},
-        {"said": f"held-out prompts, greedy {recited}", "fact": facts.fact("data.verbatim_rate_held_out", "{:.1%}")},
+        {
+            "said": f"greedy continuations of train prompts {recited}",
+            "fact": facts.fact("data.verbatim_rate_train", "{:.1%}"),
+        },
+        {
+            "said": f"greedy continuations of held-out prompts {recited}",
+            "fact": facts.fact("data.verbatim_rate_held_out", "{:.1%}"),
+        },
     ]
     return {"said": said, "lines": lines}
 
@@ -253,7 +258,9 @@ def _own_name(folder: Path) -> str:
 
 
 def _title(folder: Path, name: str | None) -> str:
-    return (name or _own_name(folder)).rpartition("/")[2] if (name or _own_name(folder)) != "path/or/hub-id" else "Adapter or model"  # fmt: skip
+    if name or folder.resolve().parent != Path(tempfile.gettempdir()).resolve():
+        return (name or folder.resolve().name).rpartition("/")[2]
+    return "Adapter or model"  # saved on its way to somewhere else
 
 
 def _as_json(values: Mapping[str, Any]) -> str:

@@ -77,7 +77,13 @@ def test_every_measured_number_is_in_its_section_with_its_source(folder: Path) -
     assert (
         "| MMLU | - | 0.5 | - | [0.25, 0.75] (least and greatest over seeds) | - | seeds 0, 1 | mmlu.json |" in results
     )
-    for said in ("1,234 (`metrics.json`: train_rows)", "1.50%", "25.0%", "12.5%", "this long: 16"):
+    for said in (
+        "1,234 (`metrics.json`: train_rows)",
+        "1.50%",
+        "25.0%",
+        "12.5%",
+        "that hold 16 tokens in a row of the training text: 25.0%",
+    ):
         assert said in sections["Data"]
     assert "| layers.0 | 2 | 50.0% | 50.0% | 1.000 |" in sections["Routing health"]
     assert "| layers.1 | 2 | 100.0% | 0.0% | 0.000 |" in sections["Routing health"]
