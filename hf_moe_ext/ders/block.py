@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_moe_ext.ders.experts import DersExperts
+from hf_moe_ext.ops.routing import jitter
 
 
 class DenseFfn(nn.Module):
@@ -69,8 +70,7 @@ class UniversalMoeBlock(nn.Module):
         """Route, experts, and the universal one."""
         shape = hidden_states.shape
         if self.training and self.jitter_noise > 0:
-            low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
-            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(low, high)
+            hidden_states = jitter(hidden_states, self.jitter_noise)
         tokens = hidden_states.reshape(-1, shape[-1])
         logits, weights, index = self.gate(tokens)
         own, weights = universal_gates(logits, weights, self.complement)

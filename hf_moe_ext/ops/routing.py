@@ -110,6 +110,11 @@ def router_logits(rows: Tensor, router: Tensor) -> Tensor:
         return _WideLinear.apply(rows, router, dtype)
 
 
+def jitter(hidden: Tensor, noise: float) -> Tensor:
+    """``hidden`` times uniform noise of 1 - ``noise`` to 1 + ``noise``: what Mixtral's blocks do to their input in training."""
+    return hidden * torch.empty_like(hidden).uniform_(1.0 - noise, 1.0 + noise)
+
+
 @torch.no_grad()
 def choose_experts(logits: Tensor, top_k: int) -> Tensor:
     """[tokens, top_k] ids of the largest logits [tokens, num_experts], best first, ties to the lowest id."""
