@@ -13,8 +13,10 @@ from hf_moe_ext import registry
 if TYPE_CHECKING:
     from hf_moe_ext.audit.recorder import RoutingRecorder
     from hf_moe_ext.audit.thresholds import RoutingThresholds
+    from hf_moe_ext.cards.callback import ModelCardCallback
     from hf_moe_ext.dcca.meter import TrafficMeter
     from hf_moe_ext.dcca.traffic_callback import TrafficCallback
+    from hf_moe_ext.hub import push
     from hf_moe_ext.models import (
         MixtralExtConfig,
         MixtralExtForCausalLM,
@@ -37,6 +39,7 @@ _EXPORTS = {
     "TrafficMeter": "hf_moe_ext.dcca.meter",
     "MixtralExtConfig": "hf_moe_ext.models",
     "MixtralExtForCausalLM": "hf_moe_ext.models",
+    "ModelCardCallback": "hf_moe_ext.cards.callback",
     "OlmoeExtConfig": "hf_moe_ext.models",
     "OlmoeExtForCausalLM": "hf_moe_ext.models",
     "Qwen3MoeExtConfig": "hf_moe_ext.models",
@@ -50,11 +53,13 @@ _EXPORTS = {
     "choose_experts_to_adapt": "hf_moe_ext.perft.calibration",
     "count_trainable": "hf_moe_ext.perft.report",
     "param_groups": "hf_moe_ext.perft.groups",
+    "push": "hf_moe_ext.hub",
     "record_router_load": "hf_moe_ext.perft.router_load",
 }
 __all__ = [
     "MixtralExtConfig",
     "MixtralExtForCausalLM",
+    "ModelCardCallback",
     "OlmoeExtConfig",
     "OlmoeExtForCausalLM",
     "PerftConfig",
@@ -71,6 +76,7 @@ __all__ = [
     "choose_experts_to_adapt",
     "count_trainable",
     "param_groups",
+    "push",
     "record_router_load",
 ]
 

@@ -5,7 +5,21 @@ from typing import Annotated
 import typer
 
 import hf_moe_ext
-from hf_moe_ext.commands import compress, cost_model, delta, diagnosis, fold, mup, plan, run, to_dcca, traffic, upcycle
+from hf_moe_ext.commands import (
+    card,
+    compress,
+    cost_model,
+    delta,
+    diagnosis,
+    fold,
+    mup,
+    plan,
+    push,
+    run,
+    to_dcca,
+    traffic,
+    upcycle,
+)
 
 # Under `recipes/finetune.py` the same settings are written with underscores; both spellings work here.
 _UNDERSCORES_TOO = {"token_normalize_func": lambda token: token.replace("_", "-")}
@@ -71,6 +85,8 @@ app.command("measure-hardware", short_help="Time this machine; a row for the cos
 app.command("calibrate", short_help="Efficiencies of the cost model from a measured run.")(
     cost_model.calibrate_efficiency
 )
+app.command("card", short_help="Render the card of an adapter or model from what was measured.")(card.write_model_card)
+app.command("push", short_help="Push an adapter or model to the Hub, in one commit, with its card.")(push.push_to_hub)
 app.add_typer(delta.app)
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 import hf_moe_ext
+from hf_moe_ext.cards import write_card
 from hf_moe_ext.perft import adapter_files
 from hf_moe_ext.perft.config_rules import (
     check_choices,
@@ -125,14 +126,15 @@ class PerftConfig(PeftConfig):
         check_version(self)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` and put the loading snippet on top of the folder's README.md.
+        """Write ``adapter_config.json`` and the folder's card, in which a person's own words stay.
 
         Raises:
             ValueError: the weights beside it were written as a pickle.
         """
         adapter_files.refuse_pickle(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
-        adapter_files.write_loading_snippet(Path(save_directory), self.base_model_name_or_path, self.task_type)
+        # Without metrics: those that may lie there are of the weights that were just replaced.
+        write_card(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
