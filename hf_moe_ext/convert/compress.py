@@ -30,7 +30,7 @@ from hf_moe_ext.convert.compress_calibration import (
 from hf_moe_ext.convert.compress_plan import CompressPlan, plan_compression, stock_config, target_config
 from hf_moe_ext.convert.compress_rates import Chosen, choose_rates, find_waste, predict_file_bytes
 from hf_moe_ext.convert.compress_report import CompressReport, MatrixReport
-from hf_moe_ext.convert.compress_writing import LayerBases, measure_all, write_checkpoint
+from hf_moe_ext.convert.compress_writing import CompressedWriter, LayerBases, measure_all
 from hf_moe_ext.convert.conversion_report import peak_memory_bytes
 from hf_moe_ext.convert.delta_encoding import Encoding
 from hf_moe_ext.convert.expert_matrices import MATRICES
@@ -149,7 +149,7 @@ def compress(
     if not dry_run:
         with write_folder(target, overwrite) as staging:
             with CheckpointWriter(staging, shard_bytes) as writer:
-                write_checkpoint(plan, bases, chosen, writer, report, seed, export)
+                CompressedWriter(plan, bases, chosen, writer, report, seed, export).write_all()
             config = stock_config(plan) if export else target_config(plan, chosen.encodings, seed)
             config.save_pretrained(staging)
             copy_side_files(plan.source, staging)

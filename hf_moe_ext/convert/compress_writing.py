@@ -1,6 +1,7 @@
 """The two readings of a compression: one that measures, one that encodes and writes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -93,18 +94,11 @@ def read_moments(plan: CompressPlan, layer: int, matrix: str) -> Tensor:
     return input_moments(gain, plan.experts.shapes[matrix][1])
 
 
-def write_checkpoint(
-    plan: CompressPlan,
-    bases: LayerBases,
-    chosen: Chosen,
-    writer: CheckpointWriter,
-    report: CompressReport,
-    seed: int,
-    export: str | None,
-) -> None:
-    """Write the whole result, tensor by tensor in the order of the source; completes the report's rows.
+@dataclass(frozen=True, eq=False)
+class CompressedWriter:
+    """Encodes and writes the whole result, the experts of a layer one matrix of all of them at a time.
 
-    Args:
+    Attributes:
         plan: what is compressed.
         bases: of its matrices.
         chosen: encoding of each matrix.
@@ -113,44 +107,37 @@ def write_checkpoint(
         seed: of random positions.
         export: "stock" for ordinary experts.
     """
-    owner = {name: layer for layer in plan.experts.layers for name in plan.experts.names(layer)}
-    rows = {(row.layer, row.matrix): row for row in report.matrices}
-    done: set[int] = set()
-    for name in plan.reader.names:
-        layer = owner.get(name)
-        if layer is None:
-            _write_unchanged(plan, name, writer, export)
-        elif layer not in done:
-            done.add(layer)
-            _LayerWriter(plan, bases, chosen, writer, report, seed, export).write(layer, rows)
 
+    plan: CompressPlan
+    bases: LayerBases
+    chosen: Chosen
+    writer: CheckpointWriter
+    report: CompressReport
+    seed: int
+    export: str | None
 
-def _write_unchanged(plan: CompressPlan, name: str, writer: CheckpointWriter, export: str | None) -> None:
-    tensor = plan.reader.read(name)
-    if export is None:
-        writer.write(name.replace(".block_sparse_moe.", ".mlp.", 1), tensor)
-        return
-    for stock_name, part in stock_tensors(name, tensor, plan.family) if plan.is_ext else ((name, tensor),):
-        writer.write(stock_name, part)
+    def write_all(self) -> None:
+        """Tensor by tensor in the order of the source."""
+        owner = {name: layer for layer in self.plan.experts.layers for name in self.plan.experts.names(layer)}
+        rows = {(row.layer, row.matrix): row for row in self.report.matrices}
+        done: set[int] = set()
+        for name in self.plan.reader.names:
+            layer = owner.get(name)
+            if layer is None:
+                self._write_unchanged(name)
+            elif layer not in done:
+                done.add(layer)
+                self._write_layer(layer, rows)
 
+    def _write_unchanged(self, name: str) -> None:
+        plan, tensor = self.plan, self.plan.reader.read(name)
+        if self.export is None:
+            self.writer.write(name.replace(".block_sparse_moe.", ".mlp.", 1), tensor)
+            return
+        for stock_name, part in stock_tensors(name, tensor, plan.family) if plan.is_ext else ((name, tensor),):
+            self.writer.write(stock_name, part)
 
-class _LayerWriter:
-    """Encodes and writes the experts of one layer, one matrix of all of them at a time."""
-
-    def __init__(
-        self,
-        plan: CompressPlan,
-        bases: LayerBases,
-        chosen: Chosen,
-        writer: CheckpointWriter,
-        report: CompressReport,
-        seed: int,
-        export: str | None,
-    ) -> None:
-        self.plan, self.bases, self.chosen, self.writer = plan, bases, chosen, writer
-        self.report, self.seed, self.export = report, seed, export
-
-    def write(self, layer: int, rows: Mapping[Place, MatrixReport]) -> None:
+    def _write_layer(self, layer: int, rows: Mapping[Place, MatrixReport]) -> None:
         prefix = f"{LAYER_PREFIX}{layer}.mlp.experts."
         first: Tensor | None = None
         for matrix in MATRICES:

@@ -162,8 +162,8 @@ class Encoding:
 def squared_errors(delta: Tensor, encodings: Sequence[Encoding], moments: Tensor) -> list[float]:
     """What each encoding would add to ``||E x||^2`` on average, ``E`` the error of the code.
 
-    Exact expectation over masks for a random drop, exact for the others but for the rounding of stored numbers; bits of a
-    drop's values by the error that so many bits make in the whole delta. Encodings share their method and bits.
+    Exact but for the rounding of stored numbers; of a random drop the expectation over masks, with bits as if the kept
+    values shared their scales with their neighbours in the whole delta. Encodings share their method and bits.
 
     Args:
         delta: [rows, cols], float32.
@@ -178,20 +178,35 @@ def squared_errors(delta: Tensor, encodings: Sequence[Encoding], moments: Tensor
         parts = S.double().square() * (Vh.double().square() @ moments.double())
         left = parts.flip(0).cumsum(0).flip(0)  # what ranks 0, 1, ... leave out
         return [float(left[e.rank]) if e.rank is not None and e.rank < len(left) else 0.0 for e in encodings]
-    energy = output_norm(delta, moments) ** 2
-    share = 0.0
-    if first.bits is not None and energy:
-        share = _quantised_error(delta.reshape(1, -1), first, moments.repeat(delta.shape[0])) / energy
     if method == RANDOM_DROP:
-        # Values are D / (1 - p): what rounding takes off them is that much larger too.
-        return [energy * ((e.drop_rate or 0) + share) / (1 - (e.drop_rate or 0)) for e in encodings]
-    weighted = (delta.square() * moments).reshape(-1)
-    dropped = weighted[delta.reshape(-1).abs().sort().indices].cumsum(0, dtype=torch.float64)
+        return _random_drop_errors(delta, [e.drop_rate or 0 for e in encodings], first, moments)
+    return _magnitude_drop_errors(delta, [e.drop_rate or 0 for e in encodings], first, moments)
+
+
+def _random_drop_errors(delta: Tensor, drop_rates: list[float], encoding: Encoding, moments: Tensor) -> list[float]:
+    energy, rounding, shrinking = output_norm(delta, moments) ** 2, 0.0, 0.0
+    if encoding.bits is not None:
+        lost = quantize(delta.reshape(1, -1), encoding.bits, encoding.group_size).decode().reshape(delta.shape) - delta
+        rounding = output_norm(lost, moments) ** 2
+        # Fitted scales make values smaller, which takes back some of what dividing the kept ones by 1 - p adds.
+        shrinking = float((lost.double() * delta.double()).sum(dim=0) @ moments.double())
+    return [(p * energy + rounding + 2 * p * shrinking) / (1 - p) for p in drop_rates]
+
+
+def _magnitude_drop_errors(delta: Tensor, drop_rates: list[float], encoding: Encoding, moments: Tensor) -> list[float]:
+    values = delta.reshape(-1)
+    order = values.abs().sort(descending=True, stable=True).indices
+    weights = moments.double().repeat(delta.shape[0])
+    left = (values.double().square() * weights)[order.flip(0)].cumsum(0).flip(0)  # what keeping 0, 1, ... leaves out
     errors = []
-    for e in encodings:
-        num_dropped = len(dropped) - count_kept(len(dropped), e.drop_rate or 0)
-        lost = float(dropped[num_dropped - 1]) if num_dropped else 0.0
-        errors.append(lost + share * (energy - lost))
+    for p in drop_rates:
+        num_kept = count_kept(len(values), p)
+        error = float(left[num_kept]) if num_kept < len(values) else 0.0
+        if encoding.bits is not None:
+            kept = order[:num_kept].sort().values  # a group of scales is of neighbours among the kept
+            lost = quantize(values[kept].reshape(1, -1), encoding.bits, encoding.group_size).decode()[0] - values[kept]
+            error += float(lost.double().square() @ weights[kept])
+        errors.append(error)
     return errors
 
 

@@ -15,6 +15,7 @@ from transformers.integrations import use_experts_implementation
 
 from hf_moe_ext.dcca.initialization import combined_weight_norm, initial_scales
 from hf_moe_ext.host.families import expert_width, normalizes_top_k
+from hf_moe_ext.ops.routing import jitter
 
 
 class _LatentExperts(nn.Module):
@@ -150,8 +151,7 @@ class DccaMoeBlock(nn.Module):
         """Route, descend, experts, combine, ascend."""
         shape = hidden_states.shape
         if self.training and self.jitter_noise > 0:
-            low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
-            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(low, high)
+            hidden_states = jitter(hidden_states, self.jitter_noise)
         tokens = hidden_states.reshape(-1, shape[-1])
         _, weights, index = self.gate(tokens)
         # The experts sum over the chosen ones, here or on the ranks that hold them; ascend is linear, so once is enough.

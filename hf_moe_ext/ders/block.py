@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_moe_ext.ders.experts import DersExperts
+from hf_moe_ext.ops.routing import jitter
 
 
 class DenseFfn(nn.Module):
@@ -64,13 +65,13 @@ class UniversalMoeBlock(nn.Module):
         if shared_expert is not None:
             self.shared_expert = shared_expert
         self.shares_base, self.complement, self.jitter_noise = shared_expert is None, complement, jitter_noise
+        self.num_always_active = int(self.shares_base)  # experts for every token, the last of the stack
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Route, experts, and the universal one."""
         shape = hidden_states.shape
         if self.training and self.jitter_noise > 0:
-            low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
-            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(low, high)
+            hidden_states = jitter(hidden_states, self.jitter_noise)
         tokens = hidden_states.reshape(-1, shape[-1])
         logits, weights, index = self.gate(tokens)
         own, weights = universal_gates(logits, weights, self.complement)

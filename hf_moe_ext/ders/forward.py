@@ -9,11 +9,12 @@ tokens)::
 which asks that the gate g_i stands on the expert's output and that nothing nonlinear follows ``down``. A bias belongs to an
 expert: it never goes into the base's product, where ``down`` would count it once instead of sum_i g_i times.
 
-The fused forward of low-rank deltas has three ways to the same numbers, as ``ops.routed_adapter`` has:
+The fused forward of low-rank deltas has four ways to the same numbers:
 
 * dense-masked: one choice of all tokens at a time, all experts' bottlenecks in one GEMM, those of other experts set to 0.
   No gather, no sort, no data-dependent shape; ``2 tokens N r`` FLOP per input and output, choice and matrix.
 * gathered: the factors of each pair of token and expert copied out. For the few tokens of a decoding step.
+* pairwise: one pair at a time, nothing copied. For one token on a CPU.
 * grouped: pairs of token and expert sorted by expert. ``2 tokens r`` FLOP there, but it moves rows of the inner width.
 
 Sparse and quantised deltas are always grouped: expert by expert, one dense delta at a time.
@@ -27,10 +28,10 @@ from torch import Tensor
 
 from hf_moe_ext.ders.delta_stacks import LowRankStack
 from hf_moe_ext.ders.fused_grouped import grouped
-from hf_moe_ext.ders.fused_low_rank import dense_masked, gathered
+from hf_moe_ext.ders.fused_low_rank import dense_masked, gathered, pairwise
 from hf_moe_ext.ders.shared_base import SharedBaseExperts, refuse_fused
 
-Path = Literal["dense", "grouped", "gathered"]
+Path = Literal["dense", "grouped", "gathered", "pairwise"]
 
 
 def materialised(hidden: Tensor, index: Tensor, weights: Tensor, experts: SharedBaseExperts) -> Tensor:
@@ -85,28 +86,37 @@ def fused(
         index: [tokens, top_k] expert ids; ids outside ``0..num_experts-1`` are sentinels and add nothing.
         weights: [tokens, top_k] gates, of any sum.
         experts: the weights; cast to the dtype of ``hidden``, as autocast would.
-        path: of low-rank deltas, "dense", "grouped" or "gathered"; None chooses.
+        path: of low-rank deltas, "dense", "grouped", "gathered" or "pairwise"; None chooses.
 
     Raises:
-        ValueError: "dense" or "gathered" with deltas of another form; a norm behind the experts, gates on their inputs.
+        ValueError: another path than "grouped" with deltas of another form; a norm behind the experts, gates on their inputs.
     """
     refuse_fused(experts.post_norm, experts.gates_on_input)
-    sentinels = index != index.clamp(0, experts.num_experts - 1)
-    weights = weights.to(torch.promote_types(hidden.dtype, torch.float32)).masked_fill(sentinels, 0.0)
+    weights = weights.to(torch.promote_types(hidden.dtype, torch.float32))
     stacks = tuple(stack for stack in experts.deltas if isinstance(stack, LowRankStack))
     if len(stacks) < len(experts.deltas):
-        if path in ("dense", "gathered"):
+        if path not in (None, "grouped"):
             raise ValueError(f"path {path!r} is for low-rank deltas only; leave path out, or pass 'grouped'")
-        return grouped(hidden, index, weights, experts)
-    # Not in training, where the backward would scatter the factors back. Up to here it copies no more than dense-masked.
-    # One token, one CPU core, float32 (hidden 1024, inner 2816, 8 experts of rank 4): top-1 / 2 / 4 take 1.03 / 1.06 / 1.13
-    # of one dense FFN's processor time, dense-masked 1.26 / 1.26 / 1.38. More tokens were not measured.
-    if path is None and not torch.is_grad_enabled() and 0 < index.numel() <= experts.num_experts:
-        path = "gathered"
+        path = "grouped"
+    path = path or choose_few(index, experts.num_experts)
+    if path == "pairwise":
+        return pairwise(hidden, index, weights, experts, stacks)
+    weights = weights.masked_fill(index != index.clamp(0, experts.num_experts - 1), 0.0)
     path = path or choose_path(experts.num_experts, max(stack.rank for stack in stacks), hidden.dtype)
     if path == "grouped":
         return grouped(hidden, index, weights, experts)
     return (gathered if path == "gathered" else dense_masked)(hidden, index, weights, experts, stacks)
+
+
+def choose_few(index: Tensor, num_experts: int) -> Path | None:
+    """The way of a decoding step, [tokens, top_k] of it; None for more tokens, and in training."""
+    # In training the backward would scatter the factors back. Up to here gathering copies no more than dense-masked.
+    if torch.is_grad_enabled() or not 0 < index.numel() <= num_experts:
+        return None
+    # One token, float32 (hidden 1024, inner 2816, 8 experts of rank 4) on a CPU core: top-1 / 2 / 4 take 1.0 / 1.0 / 1.2 of
+    # one dense FFN's time, gathered 1.4 / 1.4 / 1.5. More tokens were not measured. A compiler or a fake tensor has no ids.
+    plain = type(index) is Tensor and index.device.type == "cpu" and not torch.compiler.is_compiling()
+    return "pairwise" if plain and len(index) == 1 else "gathered"
 
 
 # Bottlenecks of all experts up to which dense-masked is cheaper. Forward and backward on one CPU core in float32 (512

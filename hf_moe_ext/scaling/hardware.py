@@ -121,6 +121,7 @@ def write_hardware(row: Hardware, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", suffix=".toml") as file:
         file.write(text)
+    os.chmod(file.name, 0o644)  # a temporary file is for its owner alone
     os.replace(file.name, path)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from hf_moe_ext.ders import forward
+from hf_moe_ext.ders import forward, fused_low_rank
 from hf_moe_ext.ders.forward import choose_path
-from hf_moe_ext.ders.fused_low_rank import gathered
 from support.ders_experts import (
     FORMS,
     HIDDEN,
@@ -71,7 +71,7 @@ def test_paths_agree_to_1e_12_in_float64_and_1e_5_in_float32(form):
                 assert (gradient - wanted).abs().max() <= bound * wanted.abs().max(), (path, name)
 
 
-@pytest.mark.parametrize("path", ["dense", "grouped", "gathered"])
+@pytest.mark.parametrize("path", ["dense", "grouped", "gathered", "pairwise"])
 def test_low_rank_gradcheck(path):
     module = make_experts(hidden_dim=3, intermediate_dim=2, num_experts=2, rank=1)
     index, weights = route(3, 2, experts=2)
@@ -90,7 +90,7 @@ def test_decoded_gradcheck(form):
     assert torch.autograd.gradcheck(lambda *_: run(module, "grouped", hidden, index, weights), leaves)
 
 
-@pytest.mark.parametrize("path", ["materialised", "dense", "grouped", "gathered"])
+@pytest.mark.parametrize("path", ["materialised", "dense", "grouped", "gathered", "pairwise"])
 def test_half_precision_sums_in_float32(path):
     module = make_experts(dtype=torch.bfloat16, hidden_dim=32, intermediate_dim=48, num_experts=8)
     index, weights = route(20, 8, experts=8)
@@ -109,7 +109,7 @@ def test_dense_serves_few_bottlenecks_and_what_the_grouped_kernel_cannot():
     assert choose_path(limit + 1, 1, torch.float64) == "dense"
 
 
-@pytest.mark.parametrize("path", ["dense", "gathered"])
+@pytest.mark.parametrize("path", ["dense", "gathered", "pairwise"])
 def test_paths_of_low_rank_deltas_are_refused_without_them(path):
     index, weights = route(3, 1)
     with pytest.raises(ValueError, match=f"path '{path}' is for low-rank deltas only"):
@@ -117,15 +117,32 @@ def test_paths_of_low_rank_deltas_are_refused_without_them(path):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "grad", "gathers"),
-    [(1, 4, False, True), (2, 2, False, True), (2, 3, False, False), (1, 4, True, False), (0, 2, False, False)],
+    ("tokens", "top_k", "grad", "path"),
+    [
+        (1, 4, False, "pairwise"),
+        (2, 2, False, "gathered"),
+        (2, 3, False, None),
+        (1, 4, True, None),
+        (0, 2, False, None),
+    ],
 )
-def test_the_factors_of_few_pairs_are_gathered_where_nothing_trains(tokens, top_k, grad, gathers, monkeypatch):
+def test_few_pairs_have_a_way_of_their_own_where_nothing_trains(tokens, top_k, grad, path, monkeypatch):
     calls = []
-    monkeypatch.setattr(forward, "gathered", lambda *a: calls.append(1) or gathered(*a))
+    for name in ("gathered", "pairwise"):
+        way = getattr(fused_low_rank, name)
+        monkeypatch.setattr(forward, name, lambda *a, name=name, way=way: calls.append(name) or way(*a))
     module = make_experts()
     hidden, index, weights = torch.randn(tokens, HIDDEN, dtype=torch.float64), *route(max(tokens, 1), top_k)
     with torch.set_grad_enabled(grad):
         output = module(hidden, index[:tokens], weights[:tokens])
     assert output.shape == hidden.shape
-    assert bool(calls) == gathers
+    assert calls == ([] if path is None else [path])
+
+
+def test_a_fake_token_is_not_asked_for_its_experts():
+    """Tools that run a model on tensors without numbers, to count its memory."""
+    module, (index, weights) = make_experts(), route(1, 2)
+    hidden = torch.randn(1, HIDDEN, dtype=torch.float64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        output = module(*(mode.from_tensor(tensor) for tensor in (hidden, index, weights)))
+    assert output.shape == hidden.shape

@@ -30,7 +30,7 @@ def test_fused_is_refused_and_materialised_offered(rule: str) -> None:
         make_experts(**{rule: RULES[rule]()})
     module = make_experts(forward_path="materialised", **{rule: RULES[rule]()})
     hidden, (index, weights) = torch.randn(9, HIDDEN, dtype=torch.float64), route(9, 2)
-    for path in (None, "dense", "grouped", "gathered"):
+    for path in (None, "dense", "grouped", "gathered", "pairwise"):
         with pytest.raises(ValueError, match=words):
             run(module, path, hidden, index, weights)
     module.forward_path = "fused"

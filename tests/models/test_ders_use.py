@@ -6,25 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_moe_ext import PerftConfig
 from support import naive, trainers
-from support.latent_models import DERS_BLOCKS, FAMILIES, make_model
-from support.shared_base import fill_deltas
-
-every_model = pytest.mark.parametrize("family", FAMILIES)
-every_block = pytest.mark.parametrize("block", DERS_BLOCKS)
-IDS = torch.arange(3, 25).reshape(2, 11)
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name], theirs[name]), name
-
-
-def gradients(model, **inputs):
-    model.zero_grad()
-    model(**inputs, labels=IDS).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+from support.latent_models import assert_same, make_model
+from support.shared_base import IDS, every_block, every_model, fill_deltas, gradients
 
 
 @every_model

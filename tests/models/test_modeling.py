@@ -19,7 +19,7 @@ from transformers import (
 from hf_moe_ext import OlmoeExtForCausalLM, PerftConfig
 from hf_moe_ext.dcca.block import DccaMoeBlock
 from support import trainers
-from support.latent_models import BLOCKS, FAMILIES, LatentBlock, make_config, make_model, stock_settings
+from support.latent_models import BLOCKS, FAMILIES, LatentBlock, assert_same, make_config, make_model, stock_settings
 
 STOCK = {
     "olmoe_ext": (OlmoeConfig, OlmoeForCausalLM),
@@ -35,12 +35,6 @@ def stock_model(family, seed=0):
     config, model = STOCK[family]
     torch.manual_seed(seed)
     return model(config(**stock_settings(family.removesuffix("_ext")))).eval()
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 # --- the stock model by default --------------------------------------------------------------------------------------

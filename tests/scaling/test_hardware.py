@@ -38,6 +38,7 @@ def test_a_users_file_adds_and_replaces(tmp_path):
     rows = list_hardware(path)
     assert rows["mine"] == faster
     assert rows["H100-SXM"].flops_per_s == 1e12
+    assert path.stat().st_mode & 0o444 == 0o444  # for colleagues too
     assert rows["H200-SXM"] == list_hardware()["H200-SXM"]
     assert [found.name for found in tmp_path.iterdir()] == ["own.toml"]
 

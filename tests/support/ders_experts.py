@@ -33,7 +33,7 @@ FORMS = PLAIN_FORMS | MORE_FORMS
 
 def paths(form: str) -> dict[str, str | None]:
     """Name of each forward that serves a form, and its ``path`` in ``fused``."""
-    low_rank = {"dense": "dense", "gathered": "gathered"} if form.startswith("low_rank") else {}
+    low_rank = {path: path for path in ("dense", "gathered", "pairwise")} if form.startswith("low_rank") else {}
     return {"materialised": None, "grouped": "grouped", **low_rank}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_moe_ext.models import MixtralExtConfig, OlmoeExtConfig, Qwen3MoeExtConfig
 from support.naive import largest
-from support.zoo import VOCAB_SIZE
+from support.zoo import COMMON
 
 FAMILIES: dict[str, Any] = {
     "olmoe_ext": OlmoeExtConfig,
@@ -23,20 +23,7 @@ FAMILIES: dict[str, Any] = {
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 48, "intermediate_size": 56, "head_dim": 12}
 }
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.15,  # the stock 0.02 makes a model this narrow almost linear
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_experts_per_tok": 3,
-}
+_COMMON: dict[str, Any] = {**COMMON, "num_hidden_layers": 2, "num_experts_per_tok": 3}
 # The blocks a model may have; every key of the configuration is in one of them.
 BLOCKS: dict[str, dict[str, Any]] = {
     "standard": {},
@@ -182,3 +169,11 @@ def latent_moe_block(hidden: Tensor, block: LatentBlock, ascend_first: bool = Fa
             y = y + down @ inner
         rows.append(y)
     return torch.stack(rows)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """The same names, kinds and bits."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]), name

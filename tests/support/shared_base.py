@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -15,6 +16,18 @@ from transformers.utils import logging
 from hf_moe_ext.ders.experts import DersExperts
 from support import expert_parallel as work
 from support import zoo
+from support.latent_models import DERS_BLOCKS, FAMILIES
+
+every_model = pytest.mark.parametrize("family", FAMILIES)
+every_block = pytest.mark.parametrize("block", DERS_BLOCKS)
+IDS = torch.arange(3, 25).reshape(2, 11)
+
+
+def gradients(model: nn.Module, **inputs: Any) -> dict[str, Tensor | None]:
+    """Of the loss on ``IDS``, by name."""
+    model.zero_grad()
+    model(**inputs, labels=IDS).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()

@@ -21,23 +21,12 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from support import zoo
 from support.words import build_tokenizer
 from support.zoo import VOCAB_SIZE
 
 NUM_EXPERTS = 4
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.15,  # the stock 0.02 makes a model this narrow almost linear
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON: dict[str, Any] = {**zoo.COMMON, "num_hidden_layers": 2}
 _QWEN = {"head_dim": 8}
 PARENTS: dict[str, Any] = {
     "mixtral": (LlamaForCausalLM, LlamaConfig, {}),

@@ -45,7 +45,7 @@ VOCAB_SIZE = 96
 PAD_ID = 0
 
 # Two key-value heads under four query heads, so that a mix-up of the two shows.
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -84,7 +84,7 @@ def _family(config_class: str, num_hidden_layers: int | None = 2, **settings: An
 
     def config(**overrides: Any) -> PretrainedConfig:
         layers = {} if num_hidden_layers is None else {"num_hidden_layers": num_hidden_layers}
-        return getattr(transformers, config_class)(**{**_COMMON, **layers, **settings, **overrides})
+        return getattr(transformers, config_class)(**{**COMMON, **layers, **settings, **overrides})
 
     return config
 
