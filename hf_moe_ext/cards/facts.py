@@ -5,7 +5,7 @@ A template prints a number only as a `Fact`; `refuse_bare_number` is the guard t
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,30 +246,6 @@ def _read_listed(metrics: Metrics) -> Iterator[Result]:
             note=entry.get("note", ""),
             metric=entry.get("metric"),
         )
-
-
-def read_routing(metrics: Metrics) -> list[dict[str, Any]]:
-    """Per layer of `router_load`: largest and least share, and the entropy of the load over its maximum."""
-    rows = []
-    for layer, shares in (metrics.values.get("router_load") or {}).items():
-        key = f"router_load.{layer}"
-        rows.append(
-            {
-                "layer": layer,
-                "num_experts": metrics.derived(len(shares), key, "{}"),
-                "largest": metrics.derived(max(shares), key, "{:.1%}"),
-                "least": metrics.derived(min(shares), key, "{:.1%}"),
-                "entropy": metrics.derived(_relative_entropy(shares), key, "{:.3f}"),
-            }
-        )
-    return rows
-
-
-def _relative_entropy(shares: Sequence[float]) -> float:
-    """Entropy of the shares over that of even ones: 1 is even, 0 is one expert for all."""
-    if len(shares) < 2:
-        return 1.0
-    return sum(share * math.log(1 / share) for share in shares if share > 0) / math.log(len(shares))
 
 
 def read_costs(metrics: Metrics) -> list[tuple[str, Fact]]:

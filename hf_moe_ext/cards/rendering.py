@@ -12,11 +12,11 @@ from hf_moe_ext.cards.facts import (
     Metrics,
     read_costs,
     read_results,
-    read_routing,
     refuse_bare_number,
     without_machine_paths,
 )
 from hf_moe_ext.cards.front_matter import CARD, NOT_ON_THE_HUB, build_front_matter, is_hub_id, load_card
+from hf_moe_ext.cards.routing import read_routing
 from hf_moe_ext.cards.words import describe_adapter, describe_measurement, describe_model
 
 METRICS = "metrics.json"

@@ -223,6 +223,7 @@ class _Push:
                 # Uploads and listings were already tried again by huggingface_hub.
                 again = may_pass(error) and what not in ("upload", "read back")
                 if not again or attempt == self.attempts:
+                    logger.debug("%s failed", what, exc_info=True)
                     # Without the cause: its request carries the token, and the message says what it said.
                     raise HubError(self._told(explain(error, what, self.repo_id, self.api.endpoint))) from None
                 cause = type(find_cause(error)).__name__

@@ -7,9 +7,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_moe_ext.audit.reading import RouterReading, RoutingReading
 from hf_moe_ext.cards import (
     CardError,
     check_card,
@@ -85,13 +87,26 @@ def test_every_measured_number_is_in_its_section_with_its_source(folder: Path) -
         "that hold 16 tokens in a row of the training text: 25.0%",
     ):
         assert said in sections["Data"]
-    assert "| layers.0 | 2 | 50.0% | 50.0% | 1.000 |" in sections["Routing health"]
-    assert "| layers.1 | 2 | 100.0% | 0.0% | 0.000 |" in sections["Routing health"]
+    assert "| layers.0 | adapter's | 2 | 50.0% | 50.0% | 1.000 | 0 |" in sections["Routing health"]
+    assert "| layers.1 | adapter's | 2 | 100.0% | 0.0% | 0.000 | 1 |" in sections["Routing health"]
     assert "peak memory of a process, bytes: 987,654,321" in sections["Memory and speed"]
     assert "`org/base` (of the Hub), revision `abc`" in sections["Base model"]
     assert "--output_dir run --seed 3" in sections["How to reproduce"]
     assert "/home/me" not in card
     assert "arXiv 2411.08212" in sections["Citation"]
+
+
+def test_a_reading_of_the_audit_is_shown_router_by_router(folder: Path) -> None:
+    counts = {"base": [30, 10, 0, 0], "default": [8, 8], "unseen": [0, 0]}
+    routers = tuple(
+        RouterReading("layers.0", name, len(seen), 1, sum(seen), np.array(seen)) for name, seen in counts.items()
+    )
+    metrics = METRICS | {"routing": RoutingReading(routers).as_dict()}
+    shown = _sections(render_card(folder, metrics, source="metrics.json"))["Routing health"]
+    assert f"| layers.0 | base | 4 | 75.0% | 0.0% | {routers[0].load_entropy:.3f} | 2 |" in shown
+    assert "| layers.0 | default | 2 | 50.0% | 50.0% | 1.000 | 0 |" in shown
+    assert "unseen" not in shown
+    assert "layers.1" not in shown  # the older form is of the same routers
 
 
 def test_the_front_matter_is_one_the_hub_takes(folder: Path) -> None:
