@@ -30,7 +30,7 @@ SECTIONS = [
     "How to reproduce", "Citation",
 ]  # fmt: skip
 METRICS: dict[str, Any] = {
-    "command": "recipes/finetune.py --output_dir /home/me/outputs/run --seed 3",
+    "command": "recipes/finetune.py --output_dir /srv/somebody/outputs/run --seed 3",
     "settings": {"seed": 3, "dataset_name": "our-team/rows", "model_name_or_path": "org/base"},
     "loss": {"before": 3.0, "after": 2.5, "difference": -0.5, "low": -0.6, "high": -0.4, "rows": 70},
     "text_metric": {"name": "word_f1", "rows": 11, "before": 1.0, "after": 2.25, "name_words": 3.5, "shuffled": 0.75},
@@ -92,7 +92,7 @@ def test_every_measured_number_is_in_its_section_with_its_source(folder: Path) -
     assert "peak memory of a process, bytes: 987,654,321" in sections["Memory and speed"]
     assert "`org/base` (of the Hub), revision `abc`" in sections["Base model"]
     assert "--output_dir run --seed 3" in sections["How to reproduce"]
-    assert "/home/me" not in card
+    assert "/srv/somebody" not in card
     assert "arXiv 2411.08212" in sections["Citation"]
 
 
