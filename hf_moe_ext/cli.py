@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 
 import hf_moe_ext
-from hf_moe_ext.commands import compress, cost_model, delta, diagnosis, fold, mup, plan, run, to_dcca, traffic, upcycle
+from hf_moe_ext.commands import (
+    compress,
+    cost_model,
+    delta,
+    diagnosis,
+    fold,
+    inspect,
+    mup,
+    plan,
+    run,
+    to_dcca,
+    traffic,
+    upcycle,
+)
 
 # Under `recipes/finetune.py` the same settings are written with underscores; both spellings work here.
 _UNDERSCORES_TOO = {"token_normalize_func": lambda token: token.replace("_", "-")}
@@ -38,6 +51,9 @@ def main(
 
 
 # Here in the order of `--help`, which puts groups such as `delta` last.
+app.command("inspect", short_help="What the routers do with a text: load, dead and hot experts, drift.")(
+    inspect.inspect_routing
+)
 app.command("env", short_help="Versions and devices, to paste into an issue.")(diagnosis.env)
 app.command("doctor", short_help="What would train, what it costs, what is wrong.", context_settings=_UNDERSCORES_TOO)(
     diagnosis.doctor
