@@ -207,19 +207,21 @@ class RoutingSeam:
         weights: Tensor,
         num_experts: int,
         scoring: str,
-        routing: Any = None,
+        routing: AdapterRouting | None = None,
     ) -> None:
         """Tell all listeners; ``routing``: of an adapter, whose logits come with it."""
         logits = self._logits.pop(layer, None) if routing is None else routing.logits
-        index, weights = index.reshape(-1, index.shape[-1]), weights.detach().reshape(-1, weights.shape[-1])
         rows = None if routing is None else routing.rows
-        facts = self._facts(layer, index, rows)
-        probabilities = None
-        if logits is not None and logits.numel() == len(index) * num_experts:
-            probabilities = routing_probabilities(logits.detach().reshape(-1, num_experts), scoring)
-        event = RoutingEvent(layer, router, num_experts, index.detach(), weights, probabilities, facts)
-        for listener in list(self._listeners):
-            listener(event)
+        # Sums that a listener keeps must outlive an inference mode, and none of this is for autocast to round.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(index.device.type, enabled=False):
+            index, weights = index.reshape(-1, index.shape[-1]), weights.detach().reshape(-1, weights.shape[-1])
+            facts = self._facts(layer, index, rows)
+            probabilities = None
+            if logits is not None and logits.numel() == len(index) * num_experts:
+                probabilities = routing_probabilities(logits.detach().reshape(-1, num_experts), scoring)
+            event = RoutingEvent(layer, router, num_experts, index.detach(), weights, probabilities, facts)
+            for listener in list(self._listeners):
+                listener(event)
 
     def _facts(self, layer: str, index: Tensor, rows: Tensor | None) -> BatchFacts:
         if self._pass is None:  # called past the model: nothing is known of these tokens
@@ -327,8 +329,7 @@ class _ExpertsHook:
         index, weights = (given[name] for name in self.names)
         if self.always:  # an expert for every token, which nobody chose, stands last
             index, weights = index[..., : -self.always], weights[..., : -self.always]
-        with torch.no_grad():
-            self.seam.raise_event(self.layer, BASE, index, weights, self.num_experts, self.scoring)
+        self.seam.raise_event(self.layer, BASE, index, weights, self.num_experts, self.scoring)
 
 
 @dataclass
@@ -340,13 +341,7 @@ class _AdapterHook:
     def __call__(self, routing: AdapterRouting) -> None:
         if is_recomputation():
             return
-        with torch.no_grad():
-            self.seam.raise_event(
-                self.layer,
-                routing.adapter,
-                routing.index,
-                routing.weights,
-                routing.logits.shape[-1],
-                "softmax",
-                routing,
-            )
+        num_experts = routing.logits.shape[-1]
+        self.seam.raise_event(
+            self.layer, routing.adapter, routing.index, routing.weights, num_experts, "softmax", routing
+        )

@@ -109,7 +109,7 @@ class RoutingReading:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """ "base" and the adapters' names that were seen."""
+        """Kinds of routers seen: "base", and adapters by name."""
         return tuple(dict.fromkeys(each.router for each in self.routers))
 
     def as_dict(self) -> dict[str, Any]:
