@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from hf_moe_ext.audit.reading import RoutingReading
 from hf_moe_ext.audit.recorder import RoutingRecorder
 from hf_moe_ext.audit.selectivity import SelectivitySums
 from hf_moe_ext.audit.text_batches import InspectedData, make_batches
+from hf_moe_ext.audit.thresholds import RoutingWarning
 
 VERSION = 1
 FORMAT = "hf_moe_ext inspection"
@@ -169,15 +171,18 @@ def inspect_model(
     tokens: dict[str, int] = defaultdict(int)
     spread = SelectivitySums()
     try:
-        with ExitStack() as stack:
-            recorder = stack.enter_context(RoutingRecorder(model))
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore", RoutingWarning)  # what is past a limit is told by `findings`
+            recorder = stack.enter_context(RoutingRecorder(model, thresholds=None))
             for each in (spread, listener):
                 if each is not None:
                     stack.enter_context(watch_routing(model, each))
             for examples, batch in make_batches(data.examples, batch_size, pad_id, model.device):
                 slices, numbers = [each.slice for each in examples], [each.number for each in examples]
                 with tag_batch(slices if data.slice_column else None, numbers):
-                    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                    logits = model(
+                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                    ).logits
                 for row, each in enumerate(examples):
                     nats[each.slice] += _sum_nats(logits[row], batch["labels"][row])
                     tokens[each.slice] += int((batch["labels"][row, 1:] != -100).sum())

@@ -22,11 +22,11 @@ FACTS_FILE, DATA_FOLDER = "audit_log.json", "data"
 ROW_GROUP_ROWS = 4096
 
 _COLUMNS = [
-    ("layer", pa.dictionary(pa.int32(), pa.string())),
-    ("router", pa.dictionary(pa.int32(), pa.string())),
+    ("layer", pa.string()),
+    ("router", pa.string()),
     ("example", pa.string()),
     ("position", pa.int32()),
-    ("slice", pa.dictionary(pa.int32(), pa.string())),
+    ("slice", pa.string()),
     ("experts", pa.list_(pa.int32())),
     ("weights", pa.list_(pa.float32())),
 ]
@@ -174,22 +174,28 @@ class AuditLogWriter:
         file.num_rows += num_rows
 
     def _read(self, event: RoutingEvent) -> pa.Table:
+        """The kept tokens of an event as a table."""
         batch = event.batch
         rows, positions = batch.rows.cpu().numpy(), batch.positions.cpu().numpy()
         examples = self._examples(event, rows, positions)
-        kept = keep_tokens(examples, rows, positions, self._sample_rate, self._sampled_by, self._seed)
+        # Where a model drops or packs tokens, rows are -1: nothing is known of them but their experts.
+        known = bool(len(rows)) and int(rows.min()) >= 0
+        places = positions if known else np.arange(len(rows))
+        kept = keep_tokens(
+            examples if known else ["?"], np.maximum(rows, 0), places, self._sample_rate, self._sampled_by, self._seed
+        )
         if batch.mask is not None:
             kept &= batch.mask.cpu().numpy()
         chosen = np.flatnonzero(kept)
-        rows = rows[chosen]
-        count = len(chosen)
-        slices = list(batch.slices) if batch.slices is not None else None
+        names = [None if example is None else str(example) for example in examples] if known else [None]
+        slices = list(batch.slices) if known and batch.slices is not None else [None] * len(names)
+        of_row = pa.array(np.maximum(rows[chosen], 0))
         columns = {
-            "layer": pa.array([event.layer] * count, pa.string()),
-            "router": pa.array([event.router] * count, pa.string()),
-            "example": pa.array([str(examples[row]) for row in rows], pa.string()),
+            "layer": pa.repeat(event.layer, len(chosen)),
+            "router": pa.repeat(event.router, len(chosen)),
+            "example": pa.array(names, pa.string()).take(of_row),
             "position": pa.array(positions[chosen], pa.int32()),
-            "slice": pa.array([slices[row] if slices else None for row in rows], pa.string()),
+            "slice": pa.array(slices, pa.string()).take(of_row),
             "experts": _lists(event.index.cpu().numpy()[chosen], pa.int32()),
             "weights": _lists(event.weights.float().cpu().numpy()[chosen], pa.float32()),
         }
@@ -197,7 +203,7 @@ class AuditLogWriter:
             ids = self._token_ids(event)[chosen]
             columns["token_id"] = pa.array(ids, pa.int32())
             columns["token_text"] = pa.array([self._text(int(i)) for i in ids], pa.string())
-        return pa.table(columns).cast(self._schema)
+        return pa.table(columns, schema=self._schema)
 
     def _examples(self, event: RoutingEvent, rows: np.ndarray, positions: np.ndarray) -> list[int | str]:
         """Ids of the batch's examples; where nobody named them, rows are numbered over the passes seen."""

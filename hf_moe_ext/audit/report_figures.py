@@ -89,7 +89,7 @@ def _draw_load(axes: "Axes", theme: str, routers: list[RouterReading]) -> None:
     bar = axes.figure.colorbar(image, ax=axes, label="times an even share", extend="min")
     ticks = range(-_OCTAVES, _OCTAVES + 1)
     bar.set_ticks(list(ticks), labels=[f"{2.0**tick:g}" for tick in ticks])
-    axes.set_xlabel("expert")
+    _label_experts(axes, routers)
 
 
 def _draw_change(axes: "Axes", theme: str, routers: list[RouterReading], before: list[RouterReading]) -> None:
@@ -98,7 +98,7 @@ def _draw_change(axes: "Axes", theme: str, routers: list[RouterReading], before:
     bound = max(0.1, float(np.nanmax(np.abs(values))))
     image = _heat(axes, routers, values, _around(theme), -bound, bound)
     axes.figure.colorbar(image, ax=axes, label="new minus old share, per cent")
-    axes.set_xlabel("expert")
+    _label_experts(axes, routers)
 
 
 def _draw_slices(axes: "Axes", theme: str, routers: list[RouterReading]) -> None:
@@ -157,6 +157,11 @@ def _heat(
     axes.set_yticks(rows, [_name(routers[i].layer) for i in rows])
     axes.set_ylabel("layer")
     return image
+
+
+def _label_experts(axes: "Axes", routers: list[RouterReading]) -> None:
+    axes.set_xlabel("expert")
+    axes.set_xticks(_thinned(max(one.num_experts for one in routers), most=32))
 
 
 def _around(theme: str) -> str:
