@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
-from datasets import Dataset
 
 from hf_moe_ext import PerftConfig, RoutingRecorder, RoutingThresholds, record_router_load
 from hf_moe_ext.audit.batch import tag_batch
