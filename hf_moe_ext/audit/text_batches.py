@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_moe_ext.text_rows import RowSource, apply_chat_templates, encode_row, prepare_side, read_source
+from hf_moe_ext.text_rows import RowSource, apply_chat_templates, encode_row, prepare_side, read_source, to_prompts
 
 SLICE_COLUMN = "slice"
 MAX_SLICES = 64
@@ -75,6 +75,7 @@ def read_text_rows(name: str, slice_column: str | None) -> tuple[Dataset, str | 
         raise ValueError(
             f"--slice-column {slice_column}: {name} has the columns {', '.join(rows.column_names)}; name one of them"
         )
+    to_prompts(rows.select(range(min(1, len(rows)))), source)  # for its message, before there are columns of ours
     rows = rows.add_column(_NUMBER_COLUMN, list(range(len(rows))))  # type: ignore[call-arg]
     if slice_column is not None:
         # A copy: the column may be one of those that become the text.
