@@ -1,4 +1,9 @@
-"""Two inspections beside each other: has the routing drifted, has the loss risen, and by more than is allowed?"""
+"""Two inspections beside each other: has the routing drifted, has the loss risen, and by more than is allowed?
+
+A limit is passed by a value above it. Where the two are of different text, part of every difference is the luck of the draw, so
+the value must also be more than ``TIMES_CHANCE`` times what chance would make of two samples of these sizes; what is not is told
+as a caution. Of the same text nothing is left to chance.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,9 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_moe_ext.audit.inspection import Inspection, TokenLoss
-from hf_moe_ext.audit.load_distance import chance_distance, divergence, total_variation
+from hf_moe_ext.audit.load_distance import chance_distance, chance_divergence, divergence, total_variation
+from hf_moe_ext.audit.reading import RouterReading
 
 FEWEST_SLICE_TOKENS = 200
+TIMES_CHANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,25 +47,36 @@ class RouterChange:
         layer: path of the experts.
         router: "base" or the adapter's name.
         load: total variation between the loads.
-        chance: what two samples of one load would have, see ``chance_distance``.
         kl: divergence of the new load from the old one, nats.
+        load_chance: total variation that two samples of one load would have; 0 for the same text.
+        kl_chance: the same of the divergence.
     """
 
     layer: str
     router: str
     load: float
-    chance: float
     kl: float
+    load_chance: float
+    kl_chance: float
 
 
 @dataclass(frozen=True)
 class LossChange:
-    """One slice's loss, or that of everything (``slice`` is None)."""
+    """One slice's loss, or that of everything.
+
+    Attributes:
+        slice: its name; None for everything.
+        old: nats per token then.
+        new: nats per token now.
+        tokens: scored, the fewer of the two.
+        chance: standard error of the difference, as if tokens were independent; 0 for the same text.
+    """
 
     slice: str | None
     old: float
     new: float
     tokens: int
+    chance: float
 
     @property
     def rise(self) -> float:
@@ -123,21 +141,20 @@ def compare(old: Inspection, new: Inspection, limits: ComparisonLimits | None = 
     """
     limits = limits or ComparisonLimits()
     _check_shapes(old, new)
+    same_text = old.data.data_hash == new.data.data_hash and old.data.num_tokens == new.data.num_tokens
     before = {(one.layer, one.router): one for one in old.reading.routers}
-    routers = tuple(
-        RouterChange(
-            one.layer,
-            one.router,
-            total_variation(one.counts, before[one.layer, one.router].counts),
-            chance_distance(one.counts, before[one.layer, one.router].counts),
-            divergence(one.counts, before[one.layer, one.router].counts),
-        )
-        for one in new.reading.routers
-    )
+    routers = tuple(_change(before[one.layer, one.router], one, same_text) for one in new.reading.routers)
     same_tokens = old.model.tokenizer_hash == new.model.tokenizer_hash
-    losses = tuple(_losses(old, new)) if same_tokens else ()
-    exceeded = [*_worst(routers, "load", limits.load), *_worst(routers, "kl", limits.kl), *_risen(losses, limits.loss)]
-    return Comparison(routers, losses, tuple(exceeded), tuple(_cautions(old, new, routers)), limits)
+    losses = tuple(_losses(old, new, same_text)) if same_tokens else ()
+    past, by_chance = _judge(routers, losses, limits)
+    cautions = (*_cautions(old, new), *(f"{one.as_text()}, but no more than chance may do" for one in by_chance))
+    return Comparison(routers, losses, past, cautions, limits)
+
+
+def _change(old: RouterReading, new: RouterReading, same_text: bool) -> RouterChange:
+    pair = new.counts, old.counts
+    chance = (0.0, 0.0) if same_text else (chance_distance(*pair), chance_divergence(*pair))
+    return RouterChange(new.layer, new.router, total_variation(*pair), divergence(*pair), *chance)
 
 
 def _check_shapes(old: Inspection, new: Inspection) -> None:
@@ -162,40 +179,52 @@ def _check_shapes(old: Inspection, new: Inspection) -> None:
 _SAME = "only inspections of routers of the same number and shape can be compared"
 
 
-def _losses(old: Inspection, new: Inspection) -> Iterator[LossChange]:
-    yield LossChange(None, old.loss.loss, new.loss.loss, min(old.loss.tokens, new.loss.tokens))
-    for name, loss in new.slice_losses.items():
-        if name in old.slice_losses:
-            before: TokenLoss = old.slice_losses[name]
-            yield LossChange(name, before.loss, loss.loss, min(before.tokens, loss.tokens))
+def _losses(old: Inspection, new: Inspection, same_text: bool) -> Iterator[LossChange]:
+    pairs: dict[str | None, tuple[TokenLoss, TokenLoss]] = {None: (old.loss, new.loss)}
+    pairs |= {
+        name: (old.slice_losses[name], new.slice_losses[name]) for name in new.slice_losses if name in old.slice_losses
+    }
+    for name, pair in pairs.items():
+        variance = sum(one.deviation**2 / max(1, one.tokens) for one in pair)
+        chance = 0.0 if same_text or not variance > 0 else math.sqrt(variance)
+        yield LossChange(name, pair[0].loss, pair[1].loss, min(one.tokens for one in pair), chance)
 
 
-def _worst(routers: tuple[RouterChange, ...], measure: str, limit: float) -> list[Exceeded]:
-    what = {"load": "the change of load (total variation)", "kl": "the divergence (KL, nats)"}[measure]
-    past = [
-        Exceeded(what, f"the {one.router} router of {one.layer}", getattr(one, measure), limit)
-        for one in routers
-        if not getattr(one, measure) <= limit
-    ]
-    return sorted(past, key=lambda one: -one.value)
-
-
-def _risen(losses: tuple[LossChange, ...], limit: float) -> list[Exceeded]:
-    """Not a number is no rise that anybody allowed."""
-    past = [
-        Exceeded(
+def _judge(
+    routers: tuple[RouterChange, ...], losses: tuple[LossChange, ...], limits: ComparisonLimits
+) -> tuple[tuple[Exceeded, ...], list[Exceeded]]:
+    """What is past its limit, of each measure the worst first; and what would be, were it not within reach of chance."""
+    past: list[Exceeded] = []
+    by_chance: list[Exceeded] = []
+    for what, limit, values in (
+        (
+            "the change of load (total variation)",
+            limits.load,
+            [(_name(one), one.load, one.load_chance) for one in routers],
+        ),
+        ("the divergence (KL, nats)", limits.kl, [(_name(one), one.kl, one.kl_chance) for one in routers]),
+        (
             "the rise of the loss (nats per token)",
-            "everything" if one.slice is None else f"slice {one.slice}",
-            one.rise,
-            limit,
-        )
-        for one in losses
-        if not one.rise <= limit and (one.slice is None or one.tokens >= FEWEST_SLICE_TOKENS)
-    ]
-    return sorted(past, key=lambda one: (math.isfinite(one.value), -one.value if math.isfinite(one.value) else 0.0))
+            limits.loss,
+            [
+                ("everything" if one.slice is None else f"slice {one.slice}", one.rise, one.chance)
+                for one in losses
+                if one.slice is None or one.tokens >= FEWEST_SLICE_TOKENS
+            ],
+        ),
+    ):
+        # Not a number is nothing that anybody allowed; it stands first.
+        for where, value, chance in sorted(values, key=lambda one: -one[1] if math.isfinite(one[1]) else -math.inf):
+            if not value <= limit:
+                (by_chance if value <= TIMES_CHANCE * chance else past).append(Exceeded(what, where, value, limit))
+    return tuple(past), by_chance
 
 
-def _cautions(old: Inspection, new: Inspection, routers: tuple[RouterChange, ...]) -> Iterator[str]:
+def _name(router: RouterChange) -> str:
+    return f"the {router.router} router of {router.layer}"
+
+
+def _cautions(old: Inspection, new: Inspection) -> Iterator[str]:
     same_data = old.data.data_hash == new.data.data_hash
     same_model = (old.model.config_hash, old.model.adapter_hash) == (new.model.config_hash, new.model.adapter_hash)
     if not same_data and not same_model:
@@ -207,9 +236,6 @@ def _cautions(old: Inspection, new: Inspection, routers: tuple[RouterChange, ...
     if old.slice_losses.keys() != new.slice_losses.keys():
         only = sorted(old.slice_losses.keys() ^ new.slice_losses.keys())
         yield f"slices that only one side has are not compared: {', '.join(only[:8])}"
-    noisy = [one for one in routers if one.load <= 2 * one.chance]
-    if noisy and not same_data:
-        yield f"{len(noisy)} of {len(routers)} routers changed by no more than twice what chance does to samples of this size"
 
 
 def _finite(value: Any) -> Any:

@@ -34,10 +34,12 @@ class TokenLoss:
     Attributes:
         loss: nats per token.
         tokens: that were scored.
+        deviation: standard deviation between tokens, nats.
     """
 
     loss: float
     tokens: int
+    deviation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,7 @@ def inspect_model(
     """
     was_training = model.training
     model.eval()
-    nats: dict[str, float] = defaultdict(float)
-    tokens: dict[str, int] = defaultdict(int)
+    nats: dict[str, list[Tensor]] = defaultdict(list)
     spread = SelectivitySums()
     try:
         with warnings.catch_warnings(), ExitStack() as stack:
@@ -184,25 +185,33 @@ def inspect_model(
                         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                     ).logits
                 for row, each in enumerate(examples):
-                    nats[each.slice] += _sum_nats(logits[row], batch["labels"][row])
-                    tokens[each.slice] += int((batch["labels"][row, 1:] != -100).sum())
+                    nats[each.slice].append(_token_nats(logits[row], batch["labels"][row]))
             reading = recorder.reading()
     finally:
         model.train(was_training)
-    whole = TokenLoss(sum(nats.values()) / max(1, sum(tokens.values())), sum(tokens.values()))
-    by_slice = {name: TokenLoss(nats[name] / max(1, tokens[name]), tokens[name]) for name in sorted(nats)}
+    by_slice = {name: _mean(nats[name]) for name in sorted(nats)}
+    whole = _mean([each for name in sorted(nats) for each in nats[name]])
     shown = DataFacts(data.name, data.data_hash, data.num_rows, len(data.examples), data.num_tokens, data.slice_column)
     return Inspection(facts, shown, reading, spread.result(), whole, by_slice if data.slice_column else {})
 
 
-def _sum_nats(logits: Tensor, labels: Tensor) -> float:
-    """Summed negative log-likelihood of a row's labels [length] under its logits [length, vocabulary]."""
-    return float(F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum"))
+def _token_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each scored label of a row [length] under its logits [length, vocabulary], float64."""
+    nats = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="none")
+    return nats[labels[1:] != -100].double().cpu()
+
+
+def _mean(nats: list[Tensor]) -> TokenLoss:
+    values = torch.cat(nats)
+    if not len(values):
+        return TokenLoss(math.nan, 0)
+    return TokenLoss(float(values.mean()), len(values), float(values.std(correction=0)))
 
 
 def _loss_as_dict(loss: TokenLoss) -> dict[str, Any]:
-    return {"loss": loss.loss if math.isfinite(loss.loss) else None, "tokens": loss.tokens}
+    return {key: value if math.isfinite(value) else None for key, value in asdict(loss).items()}
 
 
 def _loss_from_dict(values: Mapping[str, Any]) -> TokenLoss:
-    return TokenLoss(math.nan if values["loss"] is None else float(values["loss"]), int(values["tokens"]))
+    known = {key: math.nan if value is None else value for key, value in values.items()}
+    return TokenLoss(**known)

@@ -31,6 +31,12 @@ def chance_distance(counts: np.ndarray, others: np.ndarray) -> float:
     return float(np.sqrt(pooled * (1 - pooled) * (1 / sizes[0] + 1 / sizes[1])).sum() / np.sqrt(2 * np.pi))
 
 
+def chance_divergence(counts: np.ndarray, others: np.ndarray) -> float:
+    """Expected divergence of two samples of these sizes from one load, nats: ``(E - 1) / 2 * (1/n + 1/m)`` (chi-squared)."""
+    sizes = np.sum(counts), np.sum(others)
+    return float((len(counts) - 1) / 2 * (1 / sizes[0] + 1 / sizes[1])) if min(sizes) else float("inf")
+
+
 def _shares(counts: np.ndarray) -> np.ndarray:
     counts = np.asarray(counts, dtype=np.float64)
     return counts / max(counts.sum(), 1e-300)

@@ -30,6 +30,7 @@ def load_model(name: str, adapter: str | None = None, device: str | None = None)
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = None if adapter is None else _adapter_folder(adapter)
+    _check_folder(name)
     tokenizer = _load_tokenizer(name)
     model = _load_base(name)
     if next(iterate_experts(model), None) is None:
@@ -52,15 +53,19 @@ def load_model(name: str, adapter: str | None = None, device: str | None = None)
     return model.eval(), tokenizer, ModelFacts(**facts)
 
 
-def _load_base(name: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _check_folder(name: str) -> None:
+    """Say what a folder is that holds no model."""
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         what = "an adapter; name its base model first, and the folder with --adapter" if (
             (folder / CONFIG_FILE).is_file()
         ) else "no model: it has no config.json"  # fmt: skip
         raise ValueError(f"{name} is {what}")
+
+
+def _load_base(name: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True

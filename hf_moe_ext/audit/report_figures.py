@@ -147,10 +147,10 @@ def _heat(
 ) -> Any:  # fmt: skip
     import matplotlib
 
-    scale = matplotlib.colormaps[colours].copy()
+    scale = matplotlib.colormaps[colours]
     if under is not None:
         # Below every finite value: what is minus infinity is drawn in it too.
-        scale.set_under(under)
+        scale = scale.with_extremes(under=under)
         values = np.where(np.isneginf(values), low - 1.0, np.where(np.isnan(values), np.nan, np.maximum(values, low)))
     image = axes.imshow(values, aspect="auto", cmap=scale, vmin=low, vmax=high, interpolation="nearest")
     rows = _thinned(len(routers))
