@@ -35,7 +35,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def save(family: str) -> Any:
-    model = zoo.build(family)
+    changes = {"num_experts": 6} if family == "flex_olmo" else {}  # five cannot be split in two
+    model = zoo.build(family, **changes)
     naive_routing.spread_corrections(model)
     return model
 
@@ -71,14 +72,13 @@ def assert_equals_sum(results: list[dict[str, Any]], family: str, distinct: list
     ("layout", "reentrant", "distinct"),
     [
         (None, None, [0, 1]),
-        (None, False, [0, 1]),
         (FSDP, None, [0, 1]),
         (FSDP, True, [0, 1]),
         (EXPERTS, None, [0, 1]),
         (EXPERTS, False, [0, 1]),
         (SHARED, None, [0]),
     ],
-    ids=["ddp", "ddp-checkpointing", "fsdp2", "fsdp2-reentrant", "ep", "ep-checkpointing", "tp-ep"],
+    ids=["ddp", "fsdp2", "fsdp2-reentrant", "ep", "ep-checkpointing", "tp-ep"],
 )
 def test_two_processes_count_every_token_once(folders, layout, reentrant, distinct):
     results = run_ranks(work.record, 2, folders, layout, reentrant, timeout=500)
