@@ -77,13 +77,19 @@ def watch_routing(model: nn.Module, listener: Listener, slices: Sequence[str] = 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model of Transformers inside compiled, distributed and PEFT wrappers."""
+    model = unwrap_runners(model)
+    if hasattr(model, "get_base_model"):
+        return unwrap(model.get_base_model())  # type: ignore[operator]
+    return model
+
+
+def unwrap_runners(model: nn.Module) -> nn.Module:
+    """The model, or PEFT's wrapper of it, inside compiled and distributed wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
         else:
             return model
 

@@ -14,7 +14,7 @@ from hf_moe_ext.audit.batch import BatchFacts, SliceNames
 from hf_moe_ext.audit.events import BASE, RoutingEvent, seam_of, unwrap, watch_routing
 from hf_moe_ext.audit.reading import RoutingReading
 from hf_moe_ext.audit.slices import SliceCollator, number_slices
-from hf_moe_ext.audit.tally import RouterTally, Tallies, counts_here, sum_over_processes
+from hf_moe_ext.audit.tally import RouterTally, Tallies, counts_here, sum_tallies
 from hf_moe_ext.audit.thresholds import RoutingThresholds, RoutingWarning, judge
 
 _DEFAULT = RoutingThresholds()
@@ -139,7 +139,7 @@ class RoutingRecorder(TrainerCallback):
     def _read(self, tallies: Tallies, reduce: bool = True) -> RoutingReading:
         slices = self._slices
         if reduce:
-            tallies, slices = sum_over_processes(tallies, slices, counts_here(self._model))
+            tallies, slices = sum_tallies(tallies, slices, counts_here(self._model))
         for tally in tallies.values():
             tally.grow(len(slices))
 

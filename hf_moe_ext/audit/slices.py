@@ -87,7 +87,7 @@ def number_slices(column: str | None, slices: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
-def _column(example: Mapping[str, Any], column: str | None) -> Any:
+def _column(example: Mapping[str, Any], column: Any) -> Any:
     if column not in example:
         raise ValueError(f"the examples have no column {column!r}, only {sorted(example)}; {_NEXT}")
     return example[column]

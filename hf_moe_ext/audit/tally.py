@@ -121,7 +121,7 @@ def counts_here(model: nn.Module) -> bool:
     return tp_size == 1 or distributed.get_rank() % tp_size == 0
 
 
-def sum_over_processes(tallies: Tallies, slices: dict[str, int], counted: bool) -> tuple[Tallies, dict[str, int]]:
+def sum_tallies(tallies: Tallies, slices: dict[str, int], counted: bool) -> tuple[Tallies, dict[str, int]]:
     """Tallies of all processes together, which all of them get; every process must call it.
 
     Args:
@@ -143,7 +143,9 @@ def sum_over_processes(tallies: Tallies, slices: dict[str, int], counted: bool) 
         whole = RouterTally.empty(num_experts, top_k, device, coactivation, len(names))
         if key in tallies and counted:
             own = tallies[key]
-            whole.include(RouterTally(top_k, _renumber(own.counts, slices, names), own.tokens, own.sums, own.coactivation))
+            whole.include(
+                RouterTally(top_k, _renumber(own.counts, slices, names), own.tokens, own.sums, own.coactivation)
+            )
         result[key] = whole
         flat += [whole.counts, whole.tokens, *([] if whole.coactivation is None else [whole.coactivation])]
     if result:

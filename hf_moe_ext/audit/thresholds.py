@@ -109,7 +109,9 @@ def _advice(measure: str, router: str) -> str:
             else "raise router_z_loss_coef in PerftConfig, or lower the router's learning rate"
         )
     if measure == "max_probability":
-        return "where the router trains, add a z-loss or lower its learning rate; where it is frozen, the data is narrow"
+        return (
+            "where the router trains, add a z-loss or lower its learning rate; where it is frozen, the data is narrow"
+        )
     return (
         "where the router trains, set output_router_logits=True and raise router_aux_loss_coef in the model's configuration; "
         "where it is frozen, the data uses few experts: adapt only those (expert-selective PERFT-E) or mix the data"

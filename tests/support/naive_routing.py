@@ -137,7 +137,7 @@ def count(
                     for j in chosen:
                         together[i][j] += 1
             per_call.append(calls)
-        means = [sum(column) / len(column) for column in zip(*values, strict=True)]
+        means = [sum(column) / len(column) for column in zip(*values, strict=True)] or [math.nan] * 3
         found[name] = {
             "counts": [together[i][i] for i in range(num_experts)],
             "coactivation": together,
