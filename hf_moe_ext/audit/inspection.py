@@ -175,9 +175,9 @@ def inspect_model(
         with warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore", RoutingWarning)  # what is past a limit is told by `findings`
             recorder = stack.enter_context(RoutingRecorder(model, thresholds=None))
-            for each in (spread, listener):
-                if each is not None:
-                    stack.enter_context(watch_routing(model, each))
+            stack.enter_context(watch_routing(model, spread))
+            if listener is not None:
+                stack.enter_context(watch_routing(model, listener))
             for examples, batch in make_batches(data.examples, batch_size, pad_id, model.device):
                 slices, numbers = [each.slice for each in examples], [each.number for each in examples]
                 with tag_batch(slices if data.slice_column else None, numbers):
@@ -213,5 +213,5 @@ def _loss_as_dict(loss: TokenLoss) -> dict[str, Any]:
 
 
 def _loss_from_dict(values: Mapping[str, Any]) -> TokenLoss:
-    known = {key: math.nan if value is None else value for key, value in values.items()}
-    return TokenLoss(**known)
+    loss, deviation = (math.nan if values[key] is None else float(values[key]) for key in ("loss", "deviation"))
+    return TokenLoss(loss, int(values["tokens"]), deviation)

@@ -67,11 +67,13 @@ def _load_base(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        # What it returns depends on output_loading_info, which its annotations do not say.
+        found: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    model, loaded = found
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(
             f"the weights of {name!r} lack {len(missing)} tensors, which would be random: {_list(missing)}; "

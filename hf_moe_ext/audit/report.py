@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from hf_moe_ext.audit.comparison import Comparison
+from hf_moe_ext.audit.comparison import Comparison, Exceeded
 from hf_moe_ext.audit.findings import Finding, find_all
 from hf_moe_ext.audit.inspection import Inspection
 from hf_moe_ext.audit.report_figures import draw_all
@@ -49,6 +49,7 @@ def render_html(inspection: Inspection, comparison: Comparison | None = None, ol
         kinds=list(dict.fromkeys(one.router for one in inspection.reading.routers)),
         facts=facts(inspection),
         comparison=comparison,
+        exceeded=group_exceeded(comparison) if comparison else [],
         old=old,
         changes=changes,
         slices=sorted(inspection.slice_losses.items(), key=lambda item: -item[1].loss),
@@ -112,6 +113,14 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
     return told
 
 
+def group_exceeded(comparison: Comparison) -> list[tuple[Exceeded, list[Exceeded]]]:
+    """Limits passed, those of one measure together: the worst, and the others."""
+    groups: dict[str, list[Exceeded]] = {}
+    for one in comparison.exceeded:
+        groups.setdefault(one.what, []).append(one)
+    return [(group[0], group[1:]) for group in groups.values()]
+
+
 def nats(value: float) -> str:
     """A loss to read."""
     return f"{value:.4f}" if math.isfinite(value) else "not a number"
@@ -120,9 +129,10 @@ def nats(value: float) -> str:
 def _compared(comparison: Comparison) -> list[str]:
     limits = comparison.limits
     lines = [f"Against the old inspection (limits: load {limits.load:g}, KL {limits.kl:g}, loss {limits.loss:g}):"]
-    lines += [f"  past the limit: {one.as_text()}" for one in comparison.exceeded[:SHOWN_CHANGES]]
-    if len(comparison.exceeded) > SHOWN_CHANGES:
-        lines.append(f"  and {len(comparison.exceeded) - SHOWN_CHANGES} more, in --json")
+    for worst, others in group_exceeded(comparison):
+        lines += [f"  past the limit: {one.as_text()}" for one in (worst, *others[:SHOWN_OTHERS])]
+        if len(others) > SHOWN_OTHERS:
+            lines.append(f"  and {len(others) - SHOWN_OTHERS} more, in --json")
     if not comparison.exceeded:
         lines.append("  nothing is past a limit")
     lines += [f"  {_loss_line(one)}" for one in comparison.losses]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 # Text and lines, page, colours of a heat map around its middle, colours of one from zero up, a dead expert.
 THEMES = {
-    "light": ("#222222", "#ffffff", ("PuOr_r",), "YlGnBu", "#111111"),
+    "light": ("#222222", "#ffffff", ("PuOr_r",), "YlGnBu", "#E3000F"),
     "dark": ("#dddddd", "#15181c", ("managua_r", "PuOr_r"), "YlGnBu_r", "#ff5d5d"),
 }
 _OCTAVES = 3  # of the load's colours, to either side of an even share
@@ -67,7 +67,7 @@ def _picture(draw: Callable[..., None], theme: str, num_rows: int | None, panels
 
     ink, page, *_ = THEMES[theme]
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    look = dict.fromkeys(keys, ink) | {"axes.facecolor": page, "figure.facecolor": page, "font.size": 9}
+    look: dict[Any, Any] = dict.fromkeys(keys, ink) | {"axes.facecolor": page, "figure.facecolor": page, "font.size": 9}
     look |= {"svg.hashsalt": "inspection", "axes.spines.top": False, "axes.spines.right": False}
     height = 3.2 if num_rows is None else min(_TALLEST_INCHES, 1.5 + 0.2 * num_rows)
     with rc_context(look):
@@ -124,12 +124,12 @@ def _from_others(router: RouterReading, name: str) -> float:
 def _draw_measures(axes: Any, inspection: Inspection) -> None:
     for panel, kind in zip(axes, _kinds(inspection), strict=True):
         routers = _routers(inspection, kind)
-        lines = {
+        lines: dict[str, list[float | None]] = {
             "evenness of load": [one.load_entropy for one in routers],
             "entropy of a token's choice": [one.entropy for one in routers],
             "decided by the token": [inspection.selectivity.get(one.layer, {}).get(kind) for one in routers],
         }
-        for colour, (marker, (label, values)) in zip(COLOURS, zip("os^", lines.items(), strict=True), strict=False):
+        for colour, marker, (label, values) in zip(COLOURS, "os^", lines.items(), strict=False):
             places = [i for i, value in enumerate(values) if value is not None]
             if places:
                 heights = [values[i] for i in places]
@@ -161,7 +161,7 @@ def _heat(
 
 def _label_experts(axes: "Axes", routers: list[RouterReading]) -> None:
     axes.set_xlabel("expert")
-    axes.set_xticks(_thinned(max(one.num_experts for one in routers), most=32))
+    axes.set_xticks(_thinned(max(one.num_experts for one in routers), most=20))
 
 
 def _around(theme: str) -> str:

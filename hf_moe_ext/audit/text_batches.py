@@ -76,10 +76,10 @@ def read_text_rows(name: str, slice_column: str | None) -> tuple[Dataset, str | 
             f"--slice-column {slice_column}: {name} has the columns {', '.join(rows.column_names)}; name one of them"
         )
     to_prompts(rows.select(range(min(1, len(rows)))), source)  # for its message, before there are columns of ours
-    rows = rows.add_column(_NUMBER_COLUMN, list(range(len(rows))))  # type: ignore[call-arg]
+    rows = rows.add_column(_NUMBER_COLUMN, list(range(len(rows))))
     if slice_column is not None:
         # A copy: the column may be one of those that become the text.
-        rows = rows.add_column(SLICE_COLUMN + "_of_row", [str(value) for value in rows[slice_column]])  # type: ignore[call-arg]
+        rows = rows.add_column(SLICE_COLUMN + "_of_row", [str(value) for value in rows[slice_column]])
     kept = (_NUMBER_COLUMN, SLICE_COLUMN + "_of_row")
     return prepare_side(rows, "only", replace(source, kept_columns=kept)), slice_column
 

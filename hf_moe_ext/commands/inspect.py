@@ -67,7 +67,6 @@ def inspect_routing(
         from hf_moe_ext.audit.model_source import load_model
         from hf_moe_ext.audit.report import format_text
         from hf_moe_ext.audit.text_batches import read_examples
-        from hf_moe_ext.mup.output_file import write_whole
 
         limits = ComparisonLimits(load=max_load, kl=max_kl, loss=max_loss)
         old = None if against is None else read_inspection(against)
@@ -88,9 +87,10 @@ def inspect_routing(
                 from hf_moe_ext.audit.report import render_html
 
                 page = render_html(found, comparison, old)
-        for path, content in ((output, json.dumps(found.as_dict(), indent=2) + "\n"), (html, page)):
-            if path is not None and content is not None:
-                write_whole(path, lambda partial, text=content: partial.write_text(text, encoding="utf-8"))
+        if output is not None:
+            _write(output, json.dumps(found.as_dict(), indent=2) + "\n")
+        if html is not None and page is not None:
+            _write(html, page)
     typer.echo(json.dumps(told, indent=2) if as_json else format_text(found, comparison))
     raise typer.Exit(1 if comparison is not None and comparison.exceeded else 0)
 
@@ -122,6 +122,12 @@ def _check_options(
     check_log_folder(log)
     if not 0 < sample_rate <= 1:
         raise ValueError(f"--sample-rate must be above 0 and at most 1, got {sample_rate}")
+
+
+def _write(path: Path, text: str) -> None:
+    from hf_moe_ext.mup.output_file import write_whole
+
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _open_log(folder: Path | None, tokenizer: Any, sample_rate: float, seed: int) -> Any:
