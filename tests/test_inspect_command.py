@@ -1,11 +1,14 @@
 """``hf-moe inspect`` as a user runs it: files, exit codes, one message for bad input and nothing half-written."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_moe_ext import OlmoeExtConfig, PerftConfig
@@ -22,7 +25,7 @@ def _run(*arguments: str | Path, code: int = 0):
     return result
 
 
-def _perft(base) -> PerftConfig:
+def _perft() -> PerftConfig:
     return PerftConfig(task_type="CAUSAL_LM", variant="R", r=4, num_experts=4, top_k=2, init_weights=False)
 
 
@@ -31,10 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, adapters and texts that the tests share; none of them writes here."""
     folder = tmp_path_factory.mktemp("inspected")
     save(zoo.build("olmoe"), folder / "base")
-    get_peft_model(zoo.build("olmoe"), _perft(None)).save_pretrained(folder / "adapter")
-    get_peft_model(zoo.build("olmoe", num_hidden_layers=3), _perft(None)).save_pretrained(folder / "deeper")
-    get_peft_model(zoo.build("olmoe", num_hidden_layers=1), _perft(None)).save_pretrained(folder / "shallower")
-    get_peft_model(zoo.build("olmoe", hidden_size=64), _perft(None)).save_pretrained(folder / "wider")
+    get_peft_model(zoo.build("olmoe"), _perft()).save_pretrained(folder / "adapter")
+    get_peft_model(zoo.build("olmoe", num_hidden_layers=3), _perft()).save_pretrained(folder / "deeper")
+    get_peft_model(zoo.build("olmoe", num_hidden_layers=1), _perft()).save_pretrained(folder / "shallower")
+    get_peft_model(zoo.build("olmoe", hidden_size=64), _perft()).save_pretrained(folder / "wider")
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     get_peft_model(zoo.build("olmoe", num_hidden_layers=3), lora).save_pretrained(folder / "deeper_lora")
     save(zoo.build("llama"), folder / "dense")
@@ -127,8 +130,6 @@ def test_another_version_of_the_model_is_exit_code_1(folder: Path, old: Path) ->
 
 def test_our_own_model_types(folder: Path, tmp_path: Path) -> None:
     """A type that only this package knows, with its blocks in the latent width."""
-    from transformers import AutoModelForCausalLM
-
     sizes = {key: value for key, value in zoo._COMMON.items() if key != "initializer_range"}
     config = OlmoeExtConfig(
         **sizes, num_hidden_layers=2, num_experts=8, num_experts_per_tok=2, moe_block="dcca", moe_latent_size=16
@@ -199,9 +200,21 @@ def test_mistakes_are_one_message_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_missing_weights_are_not_drawn_at_random(folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_an_adapter_that_names_another_base_is_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tensors fit, so it may be a renamed folder."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    get_peft_model(base, _perft()).save_pretrained(tmp_path / "adapter")
+    save(zoo.build("olmoe", seed=1), tmp_path / "twin")
+    for name, told in (("base", 0), ("twin", 1)):
+        caplog.clear()
+        model = folder / "base" if name == "base" else tmp_path / "twin"
+        _run(model, "--data", folder / "old.jsonl", "--adapter", tmp_path / "adapter", "--max-tokens", 50)
+        assert len([one for one in caplog.messages if "says that its base model is" in one]) == told
 
+
+def test_missing_weights_are_not_drawn_at_random(folder: Path, tmp_path: Path) -> None:
     save(zoo.build("olmoe"), tmp_path / "torn")
     weights = load_file(tmp_path / "torn" / "model.safetensors")
     del weights["lm_head.weight"]
@@ -211,8 +224,6 @@ def test_missing_weights_are_not_drawn_at_random(folder: Path, tmp_path: Path) -
 
 
 def test_a_missing_extra_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "jinja2", None)
     result = _run(folder / "base", "--data", folder / "old.jsonl", "--html", tmp_path / "a.html", code=2)
     assert "--html needs jinja2: pip install 'hf_moe_ext[audit]'" in result.stderr

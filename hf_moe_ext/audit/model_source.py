@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from hf_moe_ext.audit.inspection import ModelFacts
 from hf_moe_ext.host.blocks import explain_no_blocks, iterate_experts
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # Of a configuration: what is about the file, not about the model.
@@ -44,6 +47,7 @@ def load_model(name: str, adapter: str | None = None, device: str | None = None)
     }
     if folder is not None and adapter is not None:
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        _tell_other_base(settings, name)
         model = _attach(model, folder, adapter, name)
         facts |= {"adapter": adapter, "adapter_hash": _hash(settings)}
     try:
@@ -126,6 +130,13 @@ def _adapter_folder(adapter: str) -> Path:
             hint = f"; adapters lie in {', '.join(below[:_SHOWN])}" if below else ""
             raise ValueError(f"--adapter {adapter} has no {file}; only adapters saved as safetensors are read{hint}")
     return folder
+
+
+def _tell_other_base(settings: dict[str, Any], name: str) -> None:
+    """Shapes alone do not tell models of one family apart, and a folder may have been renamed: so no error."""
+    base = str(settings.get("base_model_name_or_path") or "")
+    if base and Path(base).name != Path(name).name:
+        logger.warning("the adapter says that its base model is %s; it is inspected on %s", base, name)
 
 
 def _attach(model: Any, folder: Path, adapter: str, name: str) -> Any:
