@@ -33,7 +33,10 @@ def model():
 
 @pytest.fixture
 def data(tokenizer, tmp_path: Path):
-    return read_examples(str(write_rows(tmp_path / "text.jsonl", random_rows(12))), tokenizer)
+    rows = random_rows(12)
+    for number, row in enumerate(rows):  # of different length, so that a batch has padding
+        row["text"] = " ".join(row["text"].split()[: 8 + number])
+    return read_examples(str(write_rows(tmp_path / "text.jsonl", rows)), tokenizer)
 
 
 def test_losses_are_the_models_own_row_by_row(model, data) -> None:
@@ -79,9 +82,9 @@ def test_counts_and_selectivity_are_those_of_a_loop(model, data) -> None:
         assert told.selectivity[reading.layer]["base"] == expected
         assert again.selectivity[reading.layer]["base"] == expected
     assert set(told.selectivity[reading.layer]) == {"base", "default"}
-    even = sum(example.slice == "even" for example in data.examples)
-    assert told.reading.routers[0].slices["even"].sum() == 25 * 3 * even
-    assert told.data.num_tokens == 25 * len(data.examples)
+    even = sum(len(example.input_ids) for example in data.examples if example.slice == "even")
+    assert told.reading.routers[0].slices["even"].sum() == 3 * even
+    assert told.data.num_tokens == sum(9 + number for number in range(12))
 
 
 def test_selectivity_of_known_routers() -> None:
