@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import transformers
 from audit_card import render_card
-from perft import describe_device
 from perft_methods import METHODS, PRESETS, Shape, attach, build_base, choose_rank
 from step_cost import Step, quartiles, ratio_quartiles, training_step
 from torch import nn
 
 from hf_moe_ext import RoutingRecorder
+from perft import describe_device
 
 # Two forms of a recorder; the methods have a base router, and one of them routed adapters beside it.
 RECORDERS: dict[str, dict[str, Any]] = {"recorder": {}, "with coactivation": {"coactivation": True}}
