@@ -24,11 +24,10 @@ import torch
 import transformers
 from audit_card import render_card
 from perft_methods import METHODS, PRESETS, Shape, attach, build_base, choose_rank
-from step_cost import Step, quartiles, ratio_quartiles, training_step
+from step_cost import Step, describe_device, quartiles, ratio_quartiles, training_step
 from torch import nn
 
 from hf_moe_ext import RoutingRecorder
-from perft import describe_device
 
 # Two forms of a recorder; the methods have a base router, and one of them routed adapters beside it.
 RECORDERS: dict[str, dict[str, Any]] = {"recorder": {}, "with coactivation": {"coactivation": True}}
@@ -87,7 +86,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "rounds": options.rounds,
         "steps": options.steps,
-        "device": describe_device(shape),
+        "device": describe_device(shape.device, shape.threads),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
         "shape": dataclasses.asdict(shape),
         "methods": methods,
