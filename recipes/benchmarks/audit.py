@@ -23,9 +23,8 @@ from typing import Any
 import torch
 import transformers
 from audit_card import render_card
-from perft import describe_device
 from perft_methods import METHODS, PRESETS, Shape, attach, build_base, choose_rank
-from step_cost import Step, quartiles, ratio_quartiles, training_step
+from step_cost import Step, describe_device, quartiles, ratio_quartiles, training_step
 from torch import nn
 
 from hf_moe_ext import RoutingRecorder
@@ -87,7 +86,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "rounds": options.rounds,
         "steps": options.steps,
-        "device": describe_device(shape),
+        "device": describe_device(shape.device, shape.threads),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
         "shape": dataclasses.asdict(shape),
         "methods": methods,

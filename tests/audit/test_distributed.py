@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 
-RANDOM = {"phimoe"}  # its router draws at random in training, so that there is no twin of it
 FSDP, EXPERTS = {"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}
 SHARED = {"tp_size": 2, "ep_size": 2}  # both ranks see the same tokens
 
@@ -28,13 +27,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every family's tiny model, saved once."""
     found = {}
     for family in zoo.FAMILIES:
-        if family not in RANDOM:
-            found[family] = tmp_path_factory.mktemp(family)
-            save(family).save_pretrained(found[family])
+        found[family] = tmp_path_factory.mktemp(family)
+        build(family).save_pretrained(found[family])
     return found
 
 
-def save(family: str) -> Any:
+def build(family: str) -> Any:
     changes = {"num_experts": 6} if family == "flex_olmo" else {}  # five cannot be split in two
     model = zoo.build(family, **changes)
     naive_routing.spread_corrections(model)
@@ -45,7 +43,7 @@ def assert_equals_sum(results: list[dict[str, Any]], family: str, distinct: list
     """All ranks read the sum of what the ranks in ``distinct`` saw."""
     readings = [RoutingReading.from_dict(result[family]["reading"]) for result in results]
     assert all(reading.as_dict() == readings[0].as_dict() for reading in readings)
-    model, expected = save(family), {}
+    model, expected = build(family), {}
     for rank in distinct:
         mine = results[rank][family]
         masks = [work.batch_of(mine["index"], number)["attention_mask"] for number in range(2)]

@@ -12,7 +12,7 @@ from hf_moe_ext import PerftConfig, RoutingRecorder, RoutingThresholds, record_r
 from hf_moe_ext.audit.batch import tag_batch
 from hf_moe_ext.audit.reading import RoutingReading
 from hf_moe_ext.audit.thresholds import RoutingWarning
-from support import naive_routing, trainers, zoo
+from support import latent_models, naive_routing, trainers, zoo
 
 
 def assert_equals_twin(reading, twin, router="base"):
@@ -50,9 +50,7 @@ def test_a_reading_equals_counts_by_hand(family):
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputed_layer_counts_once(family, reentrant):
-    if family == "phimoe":
-        pytest.skip("its router draws at random in training, so that there is no twin of it")
-    model, batch = zoo.build(family).train(), zoo.random_batch()
+    model, batch = naive_routing.train(zoo.build(family)), zoo.random_batch()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     calls = []
@@ -317,3 +315,44 @@ def test_an_error_inside_ends_the_recording():
     with pytest.raises(KeyError), RoutingRecorder(model):
         raise KeyError
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("block", ["ungated", "full", *latent_models.DERS_BLOCKS])
+def test_our_own_blocks_are_read_alike(block):
+    model, batch = latent_models.make_model("olmoe_ext", block), zoo.random_batch()
+    zoo.spread_routers(model)
+    with (
+        torch.no_grad(),
+        naive_routing.recorded_inputs(model) as seen,
+        RoutingRecorder(model, coactivation=True) as recorder,
+    ):
+        model(**batch)
+    twin = naive_routing.count("olmoe", model, seen, [batch["attention_mask"]])
+    # An expert that every token passes is in the stack of a universal DeRS block, and in no count.
+    assert_equals_twin(recorder.reading(), twin)
+
+
+def test_a_compiled_model_is_heard():
+    model, batch = zoo.build("mixtral"), zoo.random_batch()
+    with torch.no_grad(), RoutingRecorder(model) as plain:
+        model(**batch)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), RoutingRecorder(compiled) as recorder:
+        compiled(**batch)
+        compiled(**batch)
+    for one, two in zip(plain.reading().routers, recorder.reading().routers, strict=True):
+        assert two.counts.tolist() == (2 * one.counts).tolist()
+        assert two.entropy == pytest.approx(one.entropy)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16 sets it itself
+def test_a_trainer_of_trl_logs_too(tmp_path):
+    model = zoo.build("olmoe")
+    settings = trainers.arguments(tmp_path, max_steps=1)
+    trainer = trainers.build_trainer("SFTTrainer", model, settings, trainers.rows(6), [])
+    recorder = RoutingRecorder(model).attach_to(trainer)
+    trainer.train()
+    assert {each.tokens for each in recorder.reading().routers} == {sum(len(row) for row in trainers.rows(6))}
+    assert "routing_load_max" in next(line for line in trainer.state.log_history if "loss" in line)
