@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hf_moe_ext.audit.events import BASE
 from hf_moe_ext.audit.inspection import Inspection
 from hf_moe_ext.audit.load_distance import chance_distance, total_variation
 from hf_moe_ext.audit.reading import RouterReading
 
-BASE = "base"
 # Choices that an even router would have given each expert; below that a count of zero says nothing.
 FEWEST_CHOICES_PER_EXPERT = 10
 NEAR_UNIFORM_ENTROPY = 0.98
