@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from evaluation import RowLosses, as_plain
+from hf_moe_ext.row_losses import RowLosses, as_plain
 
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot as plt

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from evaluation import RowLosses
+from hf_moe_ext.row_losses import RowLosses
 from reporting import append_results, compare_losses, draw_load_map, draw_loss_curve, format_results, write_metrics
 
 
