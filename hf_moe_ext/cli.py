@@ -31,7 +31,6 @@ app = typer.Typer(
     name="hf-moe",
     help="Mixture-of-Experts fine-tuning for the Hugging Face stack.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     rich_markup_mode=None,
 )

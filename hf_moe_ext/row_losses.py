@@ -58,18 +58,18 @@ def measure_losses(trainer: Trainer, rows: Dataset) -> RowLosses:
 
 
 @torch.no_grad()
-def generate_answers(
+def generate_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int = 64,
     description: str = "generate",
-) -> list[str]:
-    """Greedy continuation of each tokenized prompt, stripped; in the prompts' order."""
+) -> list[list[int]]:
+    """Greedy continuation of each tokenized prompt up to its end of text; in the prompts' order."""
     was_training, generate = model.training, cast(Callable[..., torch.Tensor], model.generate)
     model.eval()
-    answers: dict[int, str] = {}
+    answers: dict[int, list[int]] = {}
     # Long prompts together: little padding, and a batch that does not fit fails at once rather than at the end.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
@@ -85,10 +85,24 @@ def generate_answers(
             eos_token_id=tokenizer.eos_token_id,
         )
         new_tokens = output[:, batch["input_ids"].shape[1] :]
-        for i, text in zip(chosen, tokenizer.batch_decode(new_tokens, skip_special_tokens=True), strict=True):
-            answers[i] = text.strip()
+        for i, tokens in zip(chosen, new_tokens.tolist(), strict=True):
+            end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+            answers[i] = tokens[:end]
     model.train(was_training)
     return [answers[i] for i in range(len(prompts))]
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    description: str = "generate",
+) -> list[str]:
+    """`generate_tokens` as texts, stripped."""
+    answers = generate_tokens(model, tokenizer, prompts, max_new_tokens, batch_size, description)
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def choose_answers(losses: RowLosses, question_of_row: Sequence[int]) -> dict[int, int]:

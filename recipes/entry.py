@@ -37,12 +37,23 @@ def run_recipe(
             check_output_folder(arguments)  # here the exit code is still ours to choose
             check_distribution(arguments.model, arguments.training, missing)
             return start_processes(missing, script, words)
-        run(arguments, shlex.join([f"recipes/{name}", *words]))
+        run(arguments, shlex.join([f"recipes/{name}", *_without_token(words)]))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _without_token(words: Sequence[str]) -> list[str]:
+    """The words of a command line that is written into cards and metrics."""
+    kept, hidden = [], False
+    for word in words:
+        name, joined, _ = word.partition("=")
+        secret = name.replace("-", "_") in ("__hub_token", "__push_to_hub_token")
+        kept.append("HF_TOKEN" if hidden else f"{name}=HF_TOKEN" if secret and joined else word)
+        hidden = secret and not joined
+    return kept
 
 
 def refuse_common_mistakes(arguments: Any) -> None:

@@ -49,14 +49,15 @@ from output_folder import (
 )
 from quickstart.corpus import Corpus, read_corpus
 from quickstart.pretrain import REPORT_FILE, BaseSettings, build_base, find_base
+from recitation import measure_data
 from reporting import (
     Clock,
-    append_results,
     compare_losses,
     draw_load_map,
     draw_loss_curve,
-    format_results,
-    write_metrics,
+    find_peak_memory,
+    find_versions,
+    write_results,
     write_rows,
 )
 
@@ -105,7 +106,7 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
         with clock("before"):
             before = measure_base(arguments, path, tokenizer, held_out)
     else:
-        before, trained = train(arguments, path, tokenizer, train_rows, held_out, checkpoint, known, clock)
+        before, trained = train(arguments, path, tokenizer, rows, train_rows, held_out, checkpoint, known, clock)
     metrics = {
         "command": command,
         "settings": arguments.describe(),
@@ -114,6 +115,8 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
         **(trained.facts if trained else {}),
         "train_rows": len(train_rows),
         "processes": training.world_size,
+        "peak_memory_bytes": find_peak_memory(),
+        "versions": find_versions(),
     }
     if training.process_index == 0:
         table = held_out.tabulate(before, trained.after if trained else None)
@@ -158,6 +161,7 @@ def train(
     arguments: Arguments,
     path: str,
     tokenizer: PreTrainedTokenizerBase,
+    texts: dict[str, Dataset],
     rows: Dataset,
     held_out: HeldOut,
     checkpoint: str | None,
@@ -178,7 +182,11 @@ def train(
     trainer.save_state()
     with clock("after"):
         after = held_out.measure(trainer, "after")
+    with clock("recitation"):
+        encoded = {"train": rows, "test": held_out.encoded}
+        data = measure_data(trainer, tokenizer, texts, encoded, arguments.data)
     facts = {
+        "data": data,
         "parameters": count_parameters(model),
         "router_load": after.router_load,
         "steps": trainer.state.global_step,
@@ -293,11 +301,8 @@ def write_files(arguments: Arguments, metrics: dict[str, Any], rows: Mapping[str
         pictures.append(LOAD_MAP)
     metrics |= {"pictures": pictures, "seconds": clock.seconds}
     write_rows(rows, folder / ROWS)
-    append_results(format_results(metrics), folder / "README.md")
-    write_metrics(metrics, folder / METRICS)
-    print(
-        f"\n{format_results(metrics)}\n\nEverything is in {folder}: {', '.join([METRICS, ROWS, 'README.md', *pictures])}"
-    )
+    results = write_results(metrics, folder, METRICS)
+    print(f"\n{results}\n\nEverything is in {folder}: {', '.join([METRICS, ROWS, 'README.md', *pictures])}")
     if arguments.push_to_hub:
         print(f"Pushed: {push_folder(arguments)}")
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from finetune_arguments import DataArguments, UserError
 from finetune_data import encode_rows, expand_choices
 from hf_moe_ext import record_router_load
-from hf_moe_ext.row_losses import RowLosses, choose_answers, generate_answers, measure_losses
+from hf_moe_ext.row_losses import RowLosses, choose_answers, generate_tokens, measure_losses
 from hf_moe_ext.text_rows import encode_prompt
 from quickstart.docstrings import name_words
 
@@ -122,6 +122,28 @@ def root_weights(model: torch.nn.Module) -> Iterator[None]:
     model.reshard()
 
 
+def write_tokens(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    description: str,
+) -> list[list[int]]:
+    """Greedy continuations of tokenized prompts, on the first process; the others wait and have none.
+
+    Where one model is spread over the processes, all of them write, since each step needs all; the first one's count.
+    """
+    assert trainer.model is not None
+    first, written = trainer.is_world_process_zero(), []
+    spread = trainer.is_distributed_loading_by_transformers or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if prompts and (first or spread):
+        with root_weights(trainer.model):
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            written = generate_tokens(model, tokenizer, prompts, max_new_tokens, description=description)
+    trainer.accelerator.wait_for_everyone()
+    return written if first else []
+
+
 class HeldOut:
     """The held-out rows, ready to be measured.
 
@@ -164,33 +186,21 @@ class HeldOut:
         return {group: counts.most_common(1)[0][0] for group, counts in counted.items()}
 
     def measure(self, trainer: Trainer, description: str) -> Measurement:
-        """Losses and accuracy through `Trainer.predict`; texts written by the first process while the others wait.
-
-        Where one model is spread over the processes, all of them write, since each step needs all; the first one's count.
-        """
+        """Losses and accuracy through `Trainer.predict`; texts written by the first process while the others wait."""
         assert trainer.model is not None
         with record_router_load(trainer.model) as load:
             losses = measure_losses(trainer, self.encoded)
         shares = load.fractions()  # summed over processes, so every one of them asks
         accuracy = self._measure_accuracy(trainer) if self.choices is not None else {}
-        texts: list[str] = []
-        first = trainer.is_world_process_zero()
-        spread = (
-            trainer.is_distributed_loading_by_transformers or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        limit = self.arguments.max_length - self.arguments.max_new_tokens
+        prompts = [encode_prompt(self.rows[i]["prompt"], self.tokenizer, max(limit, 1)) for i in self.written_rows]
+        written = write_tokens(
+            trainer, self.tokenizer, prompts, self.arguments.max_new_tokens, f"write answers {description}"
         )
-        if self.written_rows and (first or spread):
-            limit = self.arguments.max_length - self.arguments.max_new_tokens
-            prompts = [encode_prompt(self.rows[i]["prompt"], self.tokenizer, max(limit, 1)) for i in self.written_rows]
-            with root_weights(trainer.model):
-                texts = generate_answers(
-                    trainer.accelerator.unwrap_model(trainer.model),
-                    self.tokenizer,
-                    prompts,
-                    self.arguments.max_new_tokens,
-                    description=f"write answers {description}",
-                )
-        trainer.accelerator.wait_for_everyone()
-        return Measurement(losses, shares, texts if first else [], accuracy)
+        texts = (
+            [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)] if written else []
+        )
+        return Measurement(losses, shares, texts, accuracy)
 
     def _measure_accuracy(self, trainer: Trainer) -> dict[str, float]:
         assert self.choices is not None

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from huggingface_hub import HfApi, get_token
 from transformers.utils import logging
 
 from finetune_arguments import FinetuneTrainingArguments, UserError
+from hf_moe_ext import push
+from hf_moe_ext.hub import HubError, check_login
 
 logger = logging.get_logger("finetune")
 
@@ -120,26 +121,39 @@ def check_hub_login(arguments: Run) -> None:
     Raises:
         UserError: There is no token.
     """
-    if arguments.push_to_hub and not (arguments.training.hub_token or get_token()):
-        raise UserError("--push_to_hub true needs a token of the Hub: run `hf auth login`, or give --hub_token.")
+    if not arguments.push_to_hub:
+        return
+    try:
+        check_login(arguments.training.hub_token)
+    except HubError as error:
+        raise UserError(f"--push_to_hub true: {error} Or give --hub_token.") from error
 
 
 def push_folder(arguments: Run) -> str:
-    """Upload the finished folder; checkpoints and pickled files stay here.
+    """Push the finished folder in one commit; checkpoints and pickled files stay here.
 
     Returns:
         Address of the commit.
+
+    Raises:
+        UserError: The Hub refused, or could not be reached; the folder is as it was.
     """
-    training = arguments.training
-    api = HfApi(token=training.hub_token)
-    name = training.hub_model_id or arguments.output_dir.resolve().name
-    repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repository,
-        folder_path=arguments.output_dir,
-        ignore_patterns=["checkpoint-*", *(f"{name}*" for name in _CACHES), "*.bin", "*.pt", "*.pth"],
-        commit_message="Weights, card and metrics of a recipe",
-    ).commit_url
+    training, folder = arguments.training, arguments.output_dir
+    try:
+        report = push(
+            folder,
+            training.hub_model_id or folder.resolve().name,
+            private=bool(training.hub_private_repo),
+            revision=training.hub_revision,
+            message="Weights, card and metrics of a recipe",
+            token=training.hub_token,
+            exclude=[f"{name}*" for name in _CACHES],
+        )
+    except (HubError, ValueError) as error:
+        raise UserError(
+            f"--push_to_hub true: {error} The run itself is complete in {folder}: hf-moe push sends it."
+        ) from error
+    return str(report.url)
 
 
 def _read_run(folder: Path) -> dict[str, object]:

@@ -28,7 +28,7 @@ from pretrain_arguments import PretrainArguments, parse_pretrain_arguments
 from pretrain_data import Packed, Texts, pack, prepare_tokenizer, read_texts
 from pretrain_model import build_config, build_model, check_model, choose_optimizer, describe_model, save_model
 from quickstart.ngram import ByteNgram
-from reporting import Clock, append_results, compare_losses, draw_loss_curve, write_metrics
+from reporting import Clock, compare_losses, draw_loss_curve, find_peak_memory, find_versions, write_results
 
 logger = logging.get_logger("pretrain")
 
@@ -172,34 +172,12 @@ def write_files(arguments: PretrainArguments, metrics: dict[str, Any], clock: Cl
     """Picture, card and metrics; then the push."""
     folder, loss = arguments.output_dir, metrics["loss"]
     draw_loss_curve(metrics["log"], loss["before"], loss["after"], folder / LOSS_CURVE, "Pre-training loss")
-    metrics |= {"pictures": [LOSS_CURVE], "seconds": clock.seconds}
-    results = format_pretraining(metrics)
-    append_results(results, folder / "README.md")
-    write_metrics(metrics, folder / METRICS)
+    metrics |= {"pictures": [LOSS_CURVE], "seconds": clock.seconds, "versions": find_versions()}
+    metrics["peak_memory_bytes"] = find_peak_memory()
+    results = write_results(metrics, folder, METRICS)
     print(f"\n{results}\n\nEverything is in {Path(folder)}: model, {METRICS}, README.md, {LOSS_CURVE}")
     if arguments.push_to_hub:
         print(f"Pushed: {push_folder(arguments)}")
-
-
-def format_pretraining(metrics: dict[str, Any]) -> str:
-    """Markdown of the numbers."""
-    loss, bits, model = metrics["loss"], metrics["bits_per_byte"], metrics["model"]
-    lines = [
-        f"Command: `{metrics['command']}`",
-        "",
-        f"{model['model_type']}, moe_block {model['moe_block']}: {model['parameters']:,} parameters, "
-        f"{model['parameters_by_part']['experts']:,} of them in experts. {metrics['steps']} steps of "
-        f"{metrics['tokens_per_step']:,} tokens, {metrics['samples_per_second']:.1f} rows per second.",
-        "",
-        "| held-out | before | after |",
-        "|---|---|---|",
-        f"| loss, nats per token ({loss['rows']} rows) | {loss['before']:.4f} | {loss['after']:.4f} |",
-        f"| bits per byte | {bits['before']:.3f} | {bits['after']:.3f} |",
-    ]
-    for name, value in bits.items():
-        if name not in ("before", "after"):
-            lines += ["", f"An interpolated {name.replace('_', ' ')} of the same bytes: {value:.3f} bits per byte."]
-    return "\n".join([*lines, "", *(f"![{name}]({name})" for name in metrics["pictures"])])
 
 
 if __name__ == "__main__":

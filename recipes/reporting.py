@@ -1,7 +1,10 @@
-"""What a run leaves behind for a reader: intervals, pictures, and the results in the README card."""
+"""What a run leaves behind for a reader: intervals, pictures, metrics, and the card made from them."""
 
 import csv
+import importlib.metadata
 import json
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,13 +13,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 
+import hf_moe_ext
+from hf_moe_ext.cards import CardError, format_results, write_card
 from hf_moe_ext.row_losses import RowLosses, as_plain
 
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot as plt
-
-RESULTS_HEADING = "## Results of this run"
 
 
 class Clock:
@@ -125,61 +129,35 @@ def write_rows(table: Mapping[str, Sequence[Any]], path: Path) -> None:
         writer.writerows(zip(*table.values(), strict=True))
 
 
-def append_results(results: str, path: Path) -> None:
-    """Put the results under the card that the adapter wrote, or start one."""
-    card = path.read_text(encoding="utf-8") if path.exists() else "# Measured, nothing trained\n"
-    # PEFT's template follows, forty headings of "More Information Needed"; an earlier run's results too
-    card = card.split("# Model Card for Model ID")[0].split(RESULTS_HEADING)[0].rstrip()
-    path.write_text(f"{card}\n\n{RESULTS_HEADING}\n\n{results}\n", encoding="utf-8")
+def write_results(metrics: Mapping[str, Any], folder: Path, name: str) -> str:
+    """Metrics, then the card that is rendered from them.
+
+    Args:
+        metrics: What the run measured.
+        folder: Of the run.
+        name: Of the metrics' file.
+
+    Returns:
+        The results as Markdown; or why there is no card.
+    """
+    write_metrics(metrics, folder / name)
+    try:
+        write_card(folder, folder / name)
+        return format_results(as_plain(dict(metrics)), name)
+    except CardError as error:  # a run that diverged: its files are kept, and no card praises them
+        return f"No card was made of {folder / name}: {error}"
 
 
-def format_results(metrics: Mapping[str, Any]) -> str:
-    """Markdown tables of the numbers, and some of the texts."""
-    lines = [f"Command: `{metrics['command']}`", ""]
-    if base := metrics.get("base"):
-        lines += [
-            f"Base model: {base['bits_per_byte']:.3f} bits per byte on held-out modules; an interpolated order-3 byte "
-            f"n-gram of the same text: {base['ngram_bits_per_byte']:.3f}.",
-            "",
-        ]
-    lines += ["| held-out | before | after | change | 95% interval |", "|---|---|---|---|---|"]
-    loss = metrics["loss"]
-    lines.append(
-        f"| loss, nats per answer token ({loss['rows']} rows) | {loss['before']:.4f} | {_number(loss.get('after'))} | "
-        f"{_number(loss.get('difference'))} | {_interval(loss)} |"
-    )
-    if text := metrics.get("text_metric"):
-        lines += [
-            f"| {text['name']}, 0 to 100 ({text['rows']} rows) | {text['before']:.2f} | {_number(text.get('after'), 2)} "
-            f"| | baselines: name words {text['name_words']:.2f}, shuffled pairs {_number(text.get('shuffled'), 2)} |"
-        ]
-    for group, scores in metrics.get("accuracy", {}).items():
-        lines.append(
-            f"| accuracy, {group} ({scores['rows']} rows) | {scores['before']:.1%} | "
-            f"{'-' if scores.get('after') is None else format(scores['after'], '.1%')} | | "
-            f"majority class {scores['majority_class']:.1%} |"
-        )
-    if parameters := metrics.get("parameters"):
-        active = "an unknown part" if parameters["active"] is None else format(parameters["active"], ",")
-        lines += ["", f"Trainable parameters: {parameters['trainable']:,}, of which a token uses {active}."]
-    if pictures := metrics.get("pictures"):
-        lines += ["", *(f"![{name}]({name})" for name in pictures)]
-    if samples := metrics.get("samples"):
-        lines += ["", "| prompt ends with | reference | before | after |", "|---|---|---|---|"]
-        lines += [
-            "| " + " | ".join(_cell(sample.get(key)) for key in ("prompt", "reference", "before", "after")) + " |"
-            for sample in samples[:8]
-        ]
-    return "\n".join(lines)
+def find_versions() -> dict[str, str]:
+    """Versions of what a run stands on, for its card."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")} | {
+        "hf_moe_ext": hf_moe_ext.__version__
+    }
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(loss: Mapping[str, float]) -> str:
-    return f"[{loss['low']:.4f}, {loss['high']:.4f}]" if "low" in loss else "-"
-
-
-def _cell(text: str | None) -> str:
-    return "-" if text is None else " ".join(text.split())[-120:].replace("|", "\\|")
+def find_peak_memory() -> int:
+    """Bytes that this process had at most: on its accelerator, or where there is none in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

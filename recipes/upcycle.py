@@ -40,7 +40,7 @@ from pretrain_data import Packed, pack, read_texts
 from pretrain_model import save_model
 from quickstart.corpus import read_corpus
 from quickstart.pretrain import build_base, find_base
-from reporting import Clock, append_results, compare_losses, write_metrics
+from reporting import Clock, compare_losses, find_versions, write_results
 from upcycle_arguments import (
     DENSE,
     LOW_RANK,
@@ -50,7 +50,7 @@ from upcycle_arguments import (
     UpcycleArguments,
     parse_upcycle_arguments,
 )
-from upcycle_report import draw_arms, format_upcycling
+from upcycle_report import ARM_NAMES, draw_arms
 
 PICTURE = "losses.png"
 
@@ -103,10 +103,8 @@ def train_arms(arguments: UpcycleArguments, command: str) -> dict[str, Any]:
     metrics["loss"] = next(iter(arms.values()))["loss"]
     if training.process_index == 0:
         draw_arms(arms, arguments.output_dir / PICTURE)
-        metrics |= {"pictures": [PICTURE], "seconds": clock.seconds}
-        results = format_upcycling(metrics)
-        append_results(results, arguments.output_dir / "README.md")
-        write_metrics(metrics, arguments.output_dir / METRICS)
+        metrics |= {"pictures": [PICTURE], "seconds": clock.seconds, "versions": find_versions()}
+        results = write_results(metrics, arguments.output_dir, METRICS)
         print(
             f"\n{results}\n\nEverything is in {arguments.output_dir}: a model per arm, {METRICS}, README.md, {PICTURE}"
         )
@@ -194,6 +192,7 @@ def train_arm(
     after = held_out.measure(trainer, "after")
     metrics = {
         "arm": arm,
+        "name": ARM_NAMES[arm],
         "conversion": report,
         "parameters": model.num_parameters(),
         "model_bytes": sum(path.stat().st_size for path in own.output_dir.glob("model*.safetensors")),
@@ -211,7 +210,7 @@ def train_arm(
         levelled = held_out.measure(trainer, "with its experts levelled")
         metrics["loss_levelled"] = float(levelled.losses.mean)
     if own.training.process_index == 0:
-        write_metrics(metrics, own.output_dir / METRICS)
+        write_results(metrics, own.output_dir, METRICS)
     PartialState().wait_for_everyone()
     return metrics
 

@@ -1,4 +1,4 @@
-"""What a reader sees of a run of `upcycle.py`: one table and one picture."""
+"""What a reader sees of a run of `upcycle.py`: its arms by name, and one picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,37 +15,6 @@ ARM_NAMES = {
     "vanilla": "full copies (vanilla upcycling)",
     "dense": "dense model, trained on",
 }
-
-
-def format_upcycling(metrics: Mapping[str, Any]) -> str:
-    """Markdown of the numbers."""
-    arms: Mapping[str, Any] = metrics["arms"]
-    first = next(iter(arms.values()))
-    lines = [
-        f"Command: `{metrics['command']}`",
-        "",
-        f"{first['steps']} steps of {first['tokens_per_step']:,} tokens for every arm; losses on {first['loss']['rows']} "
-        "held-out rows, nats per token.",
-        "",
-        "| arm | parameters | MB on disk | before | after | change | 95% interval | experts levelled | bits per byte |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, arm in arms.items():
-        loss = arm["loss"]
-        levelled = f"{arm['loss_levelled']:.4f}" if "loss_levelled" in arm else "-"
-        lines.append(
-            f"| {ARM_NAMES[name]} | {arm['parameters']:,} | {arm['model_bytes'] / 1e6:.1f} | {loss['before']:.4f} | "
-            f"{loss['after']:.4f} | {loss['difference']:+.4f} | [{loss['low']:+.4f}, {loss['high']:+.4f}] | {levelled} | "
-            f"{arm['bits_per_byte']:.3f} |"
-        )
-    lines += [
-        "",
-        "*Experts levelled*: the same model measured with its deltas at zero, or with its full copies at their mean: what "
-        "the experts' differences are worth.",
-        "",
-        *(f"![{name}]({name})" for name in metrics["pictures"]),
-    ]
-    return "\n".join(lines)
 
 
 def draw_arms(arms: Mapping[str, Any], path: Path) -> None:

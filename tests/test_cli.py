@@ -1,11 +1,17 @@
 """The ``hf-moe`` command as a person and as a script meet it."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import hf_moe_ext
@@ -149,3 +155,67 @@ def test_bad_usage_is_one_message_and_exit_code_2(arguments: tuple[str, ...], wo
     assert out == ""
     assert words in error
     assert "Traceback" not in error
+
+
+def _verbs(command: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command that can be run, with the words that call it."""
+    command = command or typer.main.get_command(app)
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _verbs(below, (*words, name)) if hasattr(below, "commands") else [((*words, name), below)]
+
+
+VERBS = {" ".join(words): command for words, command in _verbs()}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example_that_the_command_takes(verb: str) -> None:
+    command, words = VERBS[verb], verb.split()
+    code, text, _ = _run(*words, "--help")
+    assert code == 0
+    shown = next((part for part in command.help.split("\n\n") if part.startswith("Example")), "")
+    examples = re.findall(rf"hf-moe {verb} [^;]+?(?=;|\. |$)", " ".join(shown.split()))
+    assert examples, command.help
+    for example in examples:
+        assert example in " ".join(text.split())
+        command.make_context(verb, shlex.split(example)[1 + len(words) :])  # refuses what the command does not take
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_reports_has_json_and_says_its_exit_codes(verb: str) -> None:
+    names = {name for parameter in VERBS[verb].params for name in parameter.opts}
+    prints_nothing_else = ("run", "calibrate")  # another program's output; JSON always
+    assert ("--json" in names) == (verb not in prints_nothing_else)
+    assert "xit code" in VERBS[verb].help or verb == "env"
+
+
+def test_the_shell_completes_verbs() -> None:
+    program = "from hf_moe_ext.cli import app; app(prog_name='hf-moe')"
+    asked = {"_HF_MOE_COMPLETE": "complete_bash", "COMP_WORDS": "hf-moe pu", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | asked, capture_output=True, text=True)
+    assert done.stdout.split() == ["push"], done.stderr
+    assert "--install-completion" in _run("--help")[1]
+
+
+def test_card_writes_checks_and_refuses(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "PERFT", "variant": "S", "task_type": "CAUSAL_LM"}')
+    (folder / "metrics.json").write_text('{"loss": {"before": 3.0, "after": 2.5, "rows": 9}}')
+    assert _run("card", str(folder), "--check")[0] == 1
+    code, text, _ = _run("card", str(folder), "--license", "mit", "--json")
+    assert code == 0
+    assert json.loads(text) == {
+        "card": str(folder / "README.md"),
+        "metrics": str(folder / "metrics.json"),
+        "as_rendered": True,
+    }
+    assert _run("card", str(folder), "--check")[0] == 0
+    assert "| 3.0000 | 2.5000 |" in (folder / "README.md").read_text()
+    assert _run("card", str(folder), "-o", str(tmp_path / "other.md"))[0] == 0
+    assert (tmp_path / "other.md").read_text() == (folder / "README.md").read_text()
+    (folder / "metrics.json").write_text('{"results": [{"name": "MMLU", "value": 0.4}]}')
+    before = (folder / "README.md").read_text()
+    code, _, error = _run("card", str(folder))
+    assert code == 2
+    assert "hf-moe card: results[0] ('MMLU') has no source" in error
+    assert (folder / "README.md").read_text() == before

@@ -5,7 +5,7 @@ A template prints a number only as a `Fact`; `refuse_bare_number` is the guard t
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,7 +191,8 @@ def _read_accuracy(metrics: Metrics) -> list[Result]:
 def _read_bits(metrics: Metrics) -> list[Result]:
     bits = metrics.values.get("bits_per_byte")
     if not isinstance(bits, Mapping):
-        return []
+        after = metrics.fact("bits_per_byte", "{:.3f}")
+        return [Result("bits per byte", "bits_per_byte", after=after, seeds=metrics.seeds)] if after else []
     baselines = [
         f"{name.replace('_', ' ')} {metrics.fact(f'bits_per_byte.{name}', '{:.3f}')}"
         for name in bits
@@ -206,13 +207,13 @@ def _read_arms(metrics: Metrics) -> list[Result]:
     """Arms of one comparison: a loss each, and what each costs."""
     rows: list[Result | None] = []
     for arm, values in (metrics.values.get("arms") or {}).items():
-        key = f"arms.{arm}"
-        rows.append(_read_loss(metrics, f"{key}.loss", f"held-out loss, nats per token, {arm}"))
+        key, called = f"arms.{arm}", values.get("name", arm)
+        rows.append(_read_loss(metrics, f"{key}.loss", f"held-out loss, nats per token, {called}"))
         for name, form in (("loss_levelled", "{:.4f}"), ("bits_per_byte", "{:.3f}"), ("parameters", "{:,}"), ("model_bytes", "{:,}")):  # fmt: skip
             if name in values:
                 said = {"loss_levelled": "held-out loss with its experts made alike", "model_bytes": "bytes on disk"}
                 fact = metrics.fact(f"{key}.{name}", form)
-                rows.append(Result(f"{said.get(name, name.replace('_', ' '))}, {arm}", f"{key}.{name}", after=fact))
+                rows.append(Result(f"{said.get(name, name.replace('_', ' '))}, {called}", f"{key}.{name}", after=fact))
     return [row for row in rows if row]
 
 
@@ -245,30 +246,6 @@ def _read_listed(metrics: Metrics) -> Iterator[Result]:
             note=entry.get("note", ""),
             metric=entry.get("metric"),
         )
-
-
-def read_routing(metrics: Metrics) -> list[dict[str, Any]]:
-    """Per layer of `router_load`: largest and least share, and the entropy of the load over its maximum."""
-    rows = []
-    for layer, shares in (metrics.values.get("router_load") or {}).items():
-        key = f"router_load.{layer}"
-        rows.append(
-            {
-                "layer": layer,
-                "num_experts": metrics.derived(len(shares), key, "{}"),
-                "largest": metrics.derived(max(shares), key, "{:.1%}"),
-                "least": metrics.derived(min(shares), key, "{:.1%}"),
-                "entropy": metrics.derived(_relative_entropy(shares), key, "{:.3f}"),
-            }
-        )
-    return rows
-
-
-def _relative_entropy(shares: Sequence[float]) -> float:
-    """Entropy of the shares over that of even ones: 1 is even, 0 is one expert for all."""
-    if len(shares) < 2:
-        return 1.0
-    return -sum(share * math.log(share) for share in shares if share > 0) / math.log(len(shares))
 
 
 def read_costs(metrics: Metrics) -> list[tuple[str, Fact]]:

@@ -12,12 +12,12 @@ from hf_moe_ext.cards.facts import (
     Metrics,
     read_costs,
     read_results,
-    read_routing,
     refuse_bare_number,
     without_machine_paths,
 )
 from hf_moe_ext.cards.front_matter import CARD, NOT_ON_THE_HUB, build_front_matter, is_hub_id, load_card
-from hf_moe_ext.cards.words import describe_adapter, describe_model
+from hf_moe_ext.cards.routing import read_routing
+from hf_moe_ext.cards.words import describe_adapter, describe_measurement, describe_model
 
 METRICS = "metrics.json"
 START, END = "<!-- hf_moe_ext: card -->", "<!-- hf_moe_ext: end -->"
@@ -52,8 +52,8 @@ def render_card(
         CardError: No model is in the folder, a file cannot be read, or a number has no source or is not finite.
     """
     folder = Path(folder)
-    config_file, config = _read_config(folder)
     facts = _read_metrics(metrics, source)
+    config_file, config = _read_config(folder, bool(facts.values))
     old = load_card(folder / CARD)
     words = _describe(config_file, config, name or _own_name(folder), facts)
     results = read_results(facts)
@@ -147,12 +147,14 @@ def name_repository(text: str, repo_id: str, revision: str | None = None) -> str
     return before + found + ours + end + after
 
 
-def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+def _read_config(folder: Path, measured: bool) -> tuple[str, dict[str, Any]]:
     if not folder.is_dir():
         raise CardError(f"{folder} is no folder. Give the folder of a saved adapter or model.")
     for name in ("adapter_config.json", "config.json"):
         if (folder / name).is_file():
             return name, _read_json(folder / name)
+    if measured:
+        return "", {}
     raise CardError(
         f"{folder} holds neither adapter_config.json nor config.json, so there is no model to describe. Save one there "
         "with save_pretrained."
@@ -197,7 +199,9 @@ def _describe(config_file: str, config: Mapping[str, Any], name: str, facts: Met
     settings = facts.values.get("settings") or {}
     base = config.get("base_model_name_or_path") or settings.get("model_name_or_path") or settings.get("parent")
     shown = f"`{base if is_hub_id(base) else Path(str(base)).name}`" if base else None
-    if config_file == "adapter_config.json":
+    if not config_file:
+        words = describe_measurement(shown)
+    elif config_file == "adapter_config.json":
         words = describe_adapter(config, name, shown or "a base model that its configuration does not name")
     else:
         words = describe_model(config, name, shown)
@@ -225,8 +229,7 @@ def _read_data(facts: Metrics) -> dict[str, Any]:
     if name in NOT_ON_THE_HUB:
         said = f"`{name}`, which the recipe makes from the text of Python's standard library."
     run = facts.fact("data.verbatim_tokens", "{}")
-    recited = "continuations that hold a run of the training text's tokens"
-    recited = f"{recited} this long: {run}" if run else recited
+    recited = f"that hold {f'{run} tokens in a row' if run else 'a run of tokens'} of the training text"
     lines = [
         {"said": "train rows", "fact": facts.fact("train_rows", "{:,}")},
         {"said": "held-out rows", "fact": facts.fact("loss.rows", "{:,}")},
@@ -234,8 +237,14 @@ def _read_data(facts: Metrics) -> dict[str, Any]:
             "said": "held-out rows that are train rows too, letter case and spacing aside",
             "fact": facts.fact("data.duplicate_rate", "{:.2%}"),
         },
-        {"said": f"train prompts, greedy {recited}", "fact": facts.fact("data.verbatim_rate_train", "{:.1%}")},
-        {"said": f"held-out prompts, greedy {recited}", "fact": facts.fact("data.verbatim_rate_held_out", "{:.1%}")},
+        {
+            "said": f"greedy continuations of train prompts {recited}",
+            "fact": facts.fact("data.verbatim_rate_train", "{:.1%}"),
+        },
+        {
+            "said": f"greedy continuations of held-out prompts {recited}",
+            "fact": facts.fact("data.verbatim_rate_held_out", "{:.1%}"),
+        },
     ]
     return {"said": said, "lines": lines}
 
@@ -249,7 +258,9 @@ def _own_name(folder: Path) -> str:
 
 
 def _title(folder: Path, name: str | None) -> str:
-    return (name or _own_name(folder)).rpartition("/")[2] if (name or _own_name(folder)) != "path/or/hub-id" else "Adapter or model"  # fmt: skip
+    if name or folder.resolve().parent != Path(tempfile.gettempdir()).resolve():
+        return (name or folder.resolve().name).rpartition("/")[2]
+    return "Adapter or model"  # saved on its way to somewhere else
 
 
 def _as_json(values: Mapping[str, Any]) -> str:

@@ -83,3 +83,19 @@ def describe_model(config: Mapping[str, Any], name: str, base: str | None) -> di
         "citation": _PAPERS["hf_moe_ext"],
         "limits": limits,
     }
+
+
+def describe_measurement(base: str | None) -> dict[str, Any]:
+    """Texts of the card of a folder that holds measurements and no model of its own.
+
+    Args:
+        base: What was measured, where that is known.
+    """
+    return {
+        "what": f"Measurements of {base or 'models'}; this folder itself holds no model.",
+        "loading": "",
+        "mergeable": "",
+        "method": "See the settings of the run.",
+        "citation": _PAPERS["hf_moe_ext"],
+        "limits": [],
+    }

@@ -25,6 +25,8 @@ def measure_hardware_row(
     """Time products, grouped products and memory here, and under torchrun the all-to-all between its ranks.
 
     Run it on an idle machine: the best of a few repetitions is kept. Exit code: 0 measured, 2 refused.
+
+    Example: hf-moe measure-hardware --name our-box --output hardware.toml
     """
     from dataclasses import asdict
 
@@ -63,6 +65,8 @@ def calibrate_efficiency(
 
     The run's own seconds per step are trainer_state.json's; a JSON {"step_s": ..., "experts_s": ..., "all_to_all_s": ...,
     "optimizer_s": ...} tells more. Exit code: 0 solved, 2 refused.
+
+    Example: hf-moe calibrate outputs/run --config outputs/run --hardware H100-SXM --num-sequences 4 --sequence-length 2048
     """
     from dataclasses import asdict
 

@@ -26,7 +26,10 @@ def diff_delta(
     group_size: Annotated[int, typer.Option(help="Entries that share a scale.")] = 128,
     as_json: Json = False,
 ) -> None:
-    """Write a delta folder: the tensors, and the single experts of stacks, that changed. Exit code: 0 written, 2 refused."""
+    """Write a delta folder: the tensors, and the single experts of stacks, that changed. Exit code: 0 written, 2 refused.
+
+    Example: hf-moe delta diff base-folder new-folder -o outputs/delta
+    """
     from hf_moe_ext.convert.delta_apply import diff_checkpoints
     from hf_moe_ext.convert.delta_encoding import Encoding
 
@@ -46,7 +49,10 @@ def apply_delta_folder(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write the new checkpoint; a base that is not the delta's is refused by hash. Exit code: 0 written, 2 refused."""
+    """Write the new checkpoint; a base that is not the delta's is refused by hash. Exit code: 0 written, 2 refused.
+
+    Example: hf-moe delta apply base-folder outputs/delta -o outputs/new
+    """
     from hf_moe_ext.convert.delta_apply import apply_delta
 
     with refusal_of("delta apply"):
@@ -62,7 +68,10 @@ def revert_delta_folder(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write the base back, byte for byte. Exit code: 0 written, 2 refused."""
+    """Write the base back, byte for byte. Exit code: 0 written, 2 refused.
+
+    Example: hf-moe delta revert new-folder outputs/delta -o outputs/base
+    """
     from hf_moe_ext.convert.delta_apply import revert_delta
 
     with refusal_of("delta revert"):

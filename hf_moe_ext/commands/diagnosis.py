@@ -9,7 +9,10 @@ from hf_moe_ext.commands.conventions import Json, print_report, refusal_of
 
 
 def env(as_json: Json = False) -> None:
-    """Versions, devices and whether they are the tested ones: text to paste into an issue."""
+    """Versions, devices and whether they are the tested ones: text to paste into an issue.
+
+    Example: hf-moe env --json
+    """
     from hf_moe_ext.environment import read_environment
 
     environment = read_environment()
@@ -71,6 +74,8 @@ def doctor(
     """What would train, what it costs and what is wrong, before anything is loaded or spent.
 
     The options are those of PerftConfig, for a new adapter. Exit code: 0 nothing is wrong, 1 something is, 2 bad usage.
+
+    Example: hf-moe doctor allenai/OLMoE-1B-7B-0924 --variant R --top-k 2
     """
     from hf_moe_ext.perft.doctor import TargetError, diagnose
 

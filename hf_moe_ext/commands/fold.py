@@ -23,6 +23,8 @@ def fold_multipliers(
     """Multiply the forward multipliers of a model into its weights: equal logits, and no trace of this package.
 
     Equal to the last bit where every factor is a power of two, else up to rounding. Exit code: 0 written, 2 refused.
+
+    Example: hf-moe fold outputs/trained -o outputs/stock
     """
     from hf_moe_ext.convert import fold
 

@@ -26,6 +26,8 @@ def coord_check(
     """Train a configuration at several widths for a few steps; under µP no change of an activation grows with the width.
 
     Exit code: 0 all slopes are inside the bars, 1 one is outside, 2 refused.
+
+    Example: hf-moe coord-check outputs/config.json --widths 64,128,256
     """
     from hf_moe_ext.mup.config_file import read_config
     from hf_moe_ext.mup.coord_check import check_coordinates
@@ -93,6 +95,8 @@ def write_transfer(
     """Write the training arguments of a large model, tell the FLOPs saved and which moves the theory does not cover.
 
     Exit code: 0 written, 2 refused.
+
+    Example: hf-moe transfer --from outputs/small --to large/config.json --output transfer.yaml
     """
     from hf_moe_ext.mup.small_run import TransferError
     from hf_moe_ext.mup.transfer_report import format_report, write_transfer_file

@@ -65,6 +65,8 @@ def plan_sparsity(
     """How many experts, how many active, at this budget, on this hardware, for this money.
 
     Exit code: 0 planned, 2 nothing fits or the question is wrong.
+
+    Example: hf-moe plan --hardware H100-SXM --devices 64 --gpu-hours 20000
     """
     with refusal_of("plan"):
         from hf_moe_ext.scaling.hardware import find_hardware

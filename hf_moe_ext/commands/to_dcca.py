@@ -42,6 +42,8 @@ def convert_to_dcca(
     """Convert a pretrained checkpoint, or chosen layers of it, to DCCA blocks fitted on a calibration text.
 
     Prints the layers' errors and the perplexity before and after. Exit code: 0 written, 2 refused.
+
+    Example: hf-moe to-dcca allenai/OLMoE-1B-7B-0924 -o outputs/dcca --ratio 0.25 --layers 8-15
     """
     from hf_moe_ext.convert import to_dcca
     from hf_moe_ext.convert.conversion_plan import parse_layers

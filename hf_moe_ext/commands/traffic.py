@@ -30,6 +30,8 @@ def traffic(
 
     By formula for uniform routing; DCCA layers beside the same layers at full width; with --measured beside what a run
     sent. Exit code: 2 where the traffic cannot be told.
+
+    Example: hf-moe traffic --config allenai/OLMoE-1B-7B-0924 --ep 8 --tokens 8192
     """
     from hf_moe_ext.dcca.traffic import TrafficError, compute_traffic, read_layers
     from hf_moe_ext.scaling.exchange import IMPLEMENTATIONS

@@ -46,6 +46,8 @@ def upcycle_checkpoint(
     """Make a dense model's FFNs the experts of a Mixture-of-Experts model that starts with the same logits.
 
     Prints parameters and bytes by part, and the greatest difference of a logit. Exit code: 0 written, 2 refused.
+
+    Example: hf-moe upcycle Qwen/Qwen3-0.6B -o outputs/moe --num-experts 8 --rank 4
     """
     from hf_moe_ext.convert import upcycle
 

@@ -8,6 +8,6 @@ error of the Hub's own are tried again; large files that arrived are not sent tw
 
 from hf_moe_ext.hub.errors import HubError
 from hf_moe_ext.hub.folder import FolderError
-from hf_moe_ext.hub.pushing import PushReport, push
+from hf_moe_ext.hub.pushing import PushReport, check_login, push
 
-__all__ = ["FolderError", "HubError", "PushReport", "push"]
+__all__ = ["FolderError", "HubError", "PushReport", "check_login", "push"]

@@ -124,6 +124,18 @@ def push(
     return report
 
 
+def check_login(token: str | None = None) -> str:
+    """The token that a push would use; it is not tried.
+
+    Raises:
+        HubError: There is none.
+    """
+    found = token or get_token()
+    if not found:
+        raise HubError("A push needs a token of the Hub: run `hf auth login`, or set HF_TOKEN.")
+    return found
+
+
 class _Push:
     """A push under way: the repository, and in the report what was done to it so far."""
 
@@ -136,11 +148,9 @@ class _Push:
         attempts: int,
         wait_seconds: float,
     ) -> None:
-        self.report, self.private, self.token, self.endpoint = report, private, token or get_token(), endpoint
+        self.report, self.private, self.token, self.endpoint = report, private, check_login(token), endpoint
         self.repo_id, self.branch, self.done = report.repo_id, report.revision, report.done
         self.attempts, self.wait_seconds = max(1, attempts), wait_seconds
-        if not self.token:
-            raise HubError("A push needs a token of the Hub: run `hf auth login`, or set HF_TOKEN.")
         self.api = HfApi(endpoint=endpoint, token=self.token)
 
     def publish(self, files: Sequence[UploadFile], message: str) -> None:
@@ -213,6 +223,7 @@ class _Push:
                 # Uploads and listings were already tried again by huggingface_hub.
                 again = may_pass(error) and what not in ("upload", "read back")
                 if not again or attempt == self.attempts:
+                    logger.debug("%s failed", what, exc_info=True)
                     # Without the cause: its request carries the token, and the message says what it said.
                     raise HubError(self._told(explain(error, what, self.repo_id, self.api.endpoint))) from None
                 cause = type(find_cause(error)).__name__

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
+from hf_moe_ext.cards import check_card
 
 HEAT_MAP, CURVE = "router_load.png", "loss_curve.png"
 
@@ -100,7 +101,12 @@ def test_the_whole_quickstart_in_small(quickstart_flags: list[str], base_cache: 
         assert (folder / name).stat().st_size > 0, name
     assert any("router_aux_loss" in entry for entry in metrics["log"])
     card = (folder / "README.md").read_text()
-    assert card.index("import hf_moe_ext") < card.index("from_pretrained") < card.index("Results of this run")
+    assert card.index("import hf_moe_ext") < card.index("from_pretrained") < card.index("## Results")
+    assert check_card(folder, folder / "metrics.json")
+    assert metrics["data"]["duplicate_rate"] == 0  # as `build_docstring_rows` promises
+    assert 0 <= metrics["data"]["verbatim_rate_train"] <= 1
+    assert "not measured" not in card.partition("## Data")[2].partition("## Limits")[0]
+    assert str(tmp_path) not in card
     assert len(list(base_cache.glob("quickstart-base-*"))) == 1
     assert not list(base_cache.glob(".building-*"))
 

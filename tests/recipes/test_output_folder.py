@@ -1,5 +1,7 @@
 """Whose folder it is, and where to go on from."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from finetune import refuse_mistakes
 from finetune_arguments import Arguments, UserError, parse_arguments
 from output_folder import check_hub_login, check_output_folder, claim_output_folder, find_checkpoint
+from support.hub_server import local_hub
 
 
 def _arguments(folder: Path, *flags: str) -> Arguments:
@@ -71,8 +74,8 @@ def test_the_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("output_folder.get_token", lambda: None)
-    with pytest.raises(UserError, match="--push_to_hub true needs a token"):
+    monkeypatch.setattr("hf_moe_ext.hub.pushing.get_token", lambda: None)
+    with pytest.raises(UserError, match="--push_to_hub true: A push needs a token"):
         check_hub_login(_arguments(tmp_path, "--push_to_hub", "true"))
     check_hub_login(_arguments(tmp_path, "--push_to_hub", "true", "--hub_token", "hf_x"))
 
@@ -82,3 +85,30 @@ def test_full_fine_tuning_cannot_be_resumed(tmp_path: Path) -> None:
     _make_checkpoint(tmp_path, 4)
     with pytest.raises(UserError, match="--resume_from_checkpoint with --peft full"):
         refuse_mistakes(_arguments(tmp_path, "--peft", "full", "--resume_from_checkpoint", "true"))
+
+
+@pytest.mark.slow
+def test_a_run_pushes_itself_and_writes_its_token_nowhere(
+    olmoe_dir: Path, json_file: Path, tmp_path: Path, recipes: Path
+) -> None:
+    settings = {
+        "model_name_or_path": olmoe_dir, "dataset_name": json_file, "output_dir": tmp_path / "run", "max_steps": 2,
+        "save_steps": 1, "per_device_train_batch_size": 2, "max_new_tokens": 3, "use_cpu": True, "push_to_hub": True,
+        "hub_private_repo": True, "hub_model_id": "our-team/run",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    with local_hub(tmp_path) as hub:
+        command = [sys.executable, str(recipes / "finetune.py"), *words, "--hub_token", hub.token]
+        environment = hub.environment(token=None) | {"PYTHONPATH": str(recipes.parent)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        repository = hub.repositories["our-team/run"]
+        listed = repository.list_files()
+        assert repository.private
+        assert len(repository.commits) == 2
+        assert {"README.md", "metrics.json", "adapter_model.safetensors", "run.json"} <= set(listed)
+        assert not [path for path in listed if path.startswith("checkpoint") or path.endswith(".bin")]
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "training_args.bin"]
+    assert not [path for path in written if hub.token.encode() in path.read_bytes()]
+    assert hub.token not in done.stdout + done.stderr
+    assert "--hub_token HF_TOKEN" in (tmp_path / "run" / "README.md").read_text()

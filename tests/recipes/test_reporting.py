@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_moe_ext.row_losses import RowLosses
-from reporting import append_results, compare_losses, draw_load_map, draw_loss_curve, format_results, write_metrics
+from reporting import compare_losses, draw_load_map, draw_loss_curve, write_metrics, write_results
 
 
 def _losses(generator: np.random.Generator, rows: int, shift: float) -> tuple[RowLosses, RowLosses]:
@@ -46,20 +46,29 @@ def test_pictures_are_written(tmp_path) -> None:
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 
 
-def test_card_keeps_its_top_and_is_not_appended_to_twice(tmp_path) -> None:
-    card = tmp_path / "README.md"
-    card.write_text("---\nlibrary_name: peft\n---\n# Load it\n")
-    metrics = {
+def _metrics(**loss: float) -> dict:
+    return {
         "command": "recipes/finetune.py --x 1",
-        "loss": {"before": 3.0, "after": 2.0, "difference": -1.0, "low": -1.2, "high": -0.8, "rows": 7},
+        "loss": {"before": 3.0, "after": 2.0, "difference": -1.0, "low": -1.2, "high": -0.8, "rows": 7} | loss,
         "samples": [{"prompt": "a | b", "reference": "c", "before": "d", "after": None}],
     }
-    append_results(format_results(metrics), card)
-    append_results(format_results(metrics), card)
-    text = card.read_text()
-    assert text.startswith("---\nlibrary_name: peft\n---\n# Load it\n")
-    assert text.count("[-1.2000, -0.8000]") == 1
+
+
+def test_results_go_into_a_card_that_keeps_what_was_written(tmp_path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+    for _ in range(2):
+        shown = write_results(_metrics(), tmp_path, "metrics.json")
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("[-1.2000, -0.8000]") == shown.count("[-1.2000, -0.8000]") == 1
+    assert "recipes/finetune.py --x 1" in text
+    assert "license: mit" in text
+    assert text.endswith("My own words.\n")
     assert "a \\| b" in text
+
+
+def test_a_run_that_diverged_keeps_its_metrics_and_gets_no_card(tmp_path) -> None:
+    assert "loss.after is nan" in write_results(_metrics(after=float("nan")), tmp_path, "metrics.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_metrics_are_plain_json(tmp_path) -> None:

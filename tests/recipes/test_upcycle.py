@@ -75,7 +75,7 @@ def test_every_arm_starts_at_the_parent_and_learns(flags: list[str], tmp_path: P
         assert sizes[name] == arm["parameters"]
     for form in ("low_rank", "sparse"):
         assert sizes["dense"] < sizes[form] < sizes["vanilla"]
-    assert "| shared base, low-rank deltas |" in (folder / "README.md").read_text()
+    assert "| held-out loss, nats per token, shared base, low-rank deltas |" in (folder / "README.md").read_text()
     assert (folder / "losses.png").stat().st_size > 5_000
 
     # Finished arms are kept; one that is missing is trained again, on the same rows, to the same loss.
