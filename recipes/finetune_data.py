@@ -44,7 +44,7 @@ def load_rows(arguments: ReadsRows, built_in: Callable[[], dict[str, Dataset]]) 
     limits = {"train": data.max_train_samples, "test": data.max_eval_samples}
     rows = {}
     for side, part in sides.items():
-        part = _sample(_to_prompts(part, data.dataset_name), limits[side], arguments.training.seed)
+        part = _sample(to_prompts(part, data.dataset_name), limits[side], arguments.training.seed)
         if not len(part):
             raise UserError(
                 f"--dataset_name {data.dataset_name}: the {side} side has no row with text. Give more data."
@@ -188,7 +188,7 @@ def _choose_splits(loaded: Dataset | DatasetDict, data: SourceArguments, seed: i
     return {"train": parts["train"], "test": parts["test"]}
 
 
-def _to_prompts(rows: Dataset, name: str) -> Dataset:
+def to_prompts(rows: Dataset, name: str) -> Dataset:
     """Rows with `prompt` and `completion` (or `messages`), and of the other columns only what is used later."""
     have = set(rows.column_names)
     if {"prompt", "completion"} <= have:
