@@ -133,8 +133,9 @@ def write_results(
     Raises:
         UserError: there is none.
     """
-    from reporting import write_metrics
     from sparsity_grid_card import draw, render, summarize
+
+    from reporting import write_metrics
 
     found = find_cells(grid, settings, arguments)
     runs = [record["run"] for record in found.values() if record["run"]["loss"] is not None]
