@@ -12,6 +12,7 @@ of its own; finished cells are kept, so a grid that was stopped goes on when it 
 import argparse
 import csv
 import functools
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -133,18 +134,21 @@ def write_results(
     Raises:
         UserError: there is none.
     """
-    from sparsity_grid_card import draw, render, summarize
-
     from reporting import write_metrics
+    from sparsity_grid_card import draw, render
+    from sparsity_grid_summary import summarize
 
     found = find_cells(grid, settings, arguments)
-    runs = [record["run"] for record in found.values() if record["run"]["loss"] is not None]
+    runs = [
+        {"nominal_parameters": cell.total_parameters, **record["run"]}
+        for cell, record in found.items()
+        if record["run"]["loss"] is not None
+    ]
     if not runs:
         raise UserError(f"--report_only: {arguments.output_dir / 'cells'} holds no finished cell of this grid.")
     write_table(runs, arguments.output_dir / TABLE)
-    command = shlex.join(["python", "recipes/sparsity_grid.py", *(word for word in words if word != "--report_only")])
     results = {
-        "command": command,
+        "command": format_command(words, arguments),
         "source": "recipes/sparsity_grid.py",
         "settings": settings,
         "learning_rates": {str(experts): rate for experts, rate in sorted(rates.items())},
@@ -154,6 +158,7 @@ def write_results(
         "seconds": round(sum(record["seconds"] for record in found.values())),
         "runs": runs,
         **summarize(runs),
+        "fits": [read_fitted(path) for path in arguments.fits],
     }  # fmt: skip
     stem = arguments.output_dir / "results" if arguments.report is None else arguments.report
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +169,33 @@ def write_results(
     print(
         f"Everything is in {paths['md']}, {paths['json'].name}, {paths['png'].name}; runs in {arguments.output_dir / TABLE}"
     )
+
+
+def format_command(words: Sequence[str], arguments: argparse.Namespace) -> str:
+    """The command that makes the cells; where a user keeps a file of questions is no matter, its hash is in the settings."""
+    names = {str(path): path.name for path in arguments.reasoning_file}
+    kept = [names.get(word, word) for word in words if word != "--report_only"]
+    for option in ("--fits", "--report"):
+        if option in kept:
+            start = kept.index(option)
+            end = next((i for i in range(start + 1, len(kept)) if kept[i].startswith("--")), len(kept))
+            kept[start:end] = []
+    return shlex.join(["python", "recipes/sparsity_grid.py", *kept])
+
+
+def read_fitted(path: Path) -> dict[str, Any]:
+    """A fit that `fit_law.py` wrote.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from hf_moe_ext.scaling.fit_file import FitFileError, read_fit
+
+    try:
+        read_fit(path)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, FitFileError) as error:
+        raise UserError(f"--fits: {error}") from error
 
 
 def write_table(runs: Sequence[dict[str, Any]], path: Path) -> None:

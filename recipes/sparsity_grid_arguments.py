@@ -22,8 +22,8 @@ LARGEST_HIDDEN_SIZE = 1024
 SEARCH_SEED = 1000  # no seed of the grid
 SMOKE: dict[str, Any] = {
     "total_parameters": [20_000.0, 40_000.0],
-    "num_experts": [2, 8],
-    "budget_flops": [2e8, 4e8],
+    "num_experts": [2, 4, 8],
+    "budget_flops": [2e8],
     "seeds": [0, 1],
     "learning_rates": [2.0**-6],
     "length": 32,
@@ -258,6 +258,9 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_threads", type=int, default=1, help="Threads of each.")
     group.add_argument("--output_dir", type=Path, default=Path("outputs/sparsity_grid"), help="Cells and runs.csv.")
     group.add_argument("--report", type=Path, help="JSON, md and png by this name. [default: results in --output_dir]")
+    group.add_argument(
+        "--fits", type=Path, nargs="+", default=[], help="Fits that fit_law.py wrote of runs.csv, for the report."
+    )
     group.add_argument("--report_only", action="store_true", help="Report on the cells there are; run none.")
 
 
