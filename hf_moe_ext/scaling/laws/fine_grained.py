@@ -130,8 +130,9 @@ class FineGrainedLaw(Law):
 
     def compute_multiplier(self, counts: Counts) -> Answer:
         """Against the compute-optimal dense model of equal loss; no value at another expansion rate than 64."""
+        flags = self.check(counts)
         if abs(counts["expansion"] / EXPANSION - 1) > 1e-9:
-            return Answer(self.card.name, MULTIPLIER, None, self.check(counts))
+            return Answer(self.card.name, MULTIPLIER, None, flags)
         return self.compare_with_dense(
             counts, lambda own: loss(own["total_parameters"], own["num_tokens"], own["granularity"]), dense_budget
         )
