@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from hf_moe_ext.scaling.fit import Fit
-from hf_moe_ext.scaling.fit_forms import Form, find_form
+from hf_moe_ext.scaling.fit_forms import find_form
 from hf_moe_ext.scaling.fit_intervals import Bootstrap
 from hf_moe_ext.scaling.fit_solver import Array
+from hf_moe_ext.scaling.law_form import Form
 
 
 class FitFileError(ValueError):
