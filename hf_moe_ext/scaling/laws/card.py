@@ -12,8 +12,8 @@ from typing import Literal
 from hf_moe_ext.scaling.shape import MoeShape
 
 # "paper": its text was read. "two secondary": two independent secondary sources agree. "one secondary": one, unverified.
-# "inferred": a constant or convention was worked out here because none is printed.
-Provenance = Literal["paper", "two secondary", "one secondary", "inferred"]
+# "inferred": a constant or convention was worked out here because none is printed. "own runs": the user's fit.
+Provenance = Literal["paper", "two secondary", "one secondary", "inferred", "own runs"]
 FlagKind = Literal["outside_range", "artefact", "not_covered", "inferred", "caution"]
 
 
