@@ -212,6 +212,48 @@ def test_the_recommended_is_of_the_set_and_covered(told: dict[str, Any]) -> None
         assert one["quality_low"] <= one["quality"] <= one["quality_high"]
 
 
+CHECKS = (
+    test_counts_and_flops, test_memory, test_time_run_and_cost, test_layouts, test_serving_and_break_even,
+    test_laws_counts_and_details, test_laws_gains_and_spread,
+)  # fmt: skip
+# Given, not made: a dense model's unused keys, and widths in bytes that only the listed operations were made from.
+GIVEN = {"num_experts", "num_experts_per_tok", "stream", "matmul", "expert", "residual_stream_bytes"}
+
+
+def _numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], float]]:
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(one, (*path, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+@pytest.mark.slow
+def test_no_number_goes_unchecked(folder: Path) -> None:
+    """Each number of the models, changed by some per cent, makes a check of this file fail."""
+    told = json.loads((folder / "node_week" / "explain.json").read_text())
+    parts = ("recommended", "dense_reference", "equal_loss_dense", "derived", "break_even")
+    missed, changed = [], 0
+    for path, value in _numbers({part: told[part] for part in parts}):
+        if "operations" in path or (path[0] != "recommended" and path[-1] in GIVEN) or path[-1] in ("stream", "matmul"):
+            continue
+        wrong = json.loads(json.dumps(told))
+        holder = wrong
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value + max(1, abs(value) // 50) if isinstance(value, int) else value * 1.02 + (value == 0)
+        changed += 1
+        for check in CHECKS:
+            try:
+                check(wrong)
+            except (AssertionError, ArithmeticError, ValueError, LookupError, TypeError):
+                break
+        else:
+            missed.append("/".join(map(str, path)))
+    assert changed > 400
+    assert missed == []
+
+
 def test_a_second_run_keeps_what_is_there(recipes: Path, folder: Path) -> None:
     """Exit code 2, and the message names the folder."""
     command = [sys.executable, str(recipes / "plan_sparsity.py"), "--example", "home", "--output_dir", str(folder)]
