@@ -116,7 +116,7 @@ def list_search_cells(arguments: argparse.Namespace) -> list[GridCell]:
 
 
 def list_grid_cells(arguments: argparse.Namespace, learning_rates: dict[int, float]) -> list[GridCell]:
-    """All cells of the grid, size by size, all seeds of a budget together: a grid that is stopped has whole groups.
+    """All cells of the grid, all seeds of a budget and size together: a grid that is stopped has whole groups.
 
     Args:
         arguments: Checked arguments.
@@ -124,8 +124,8 @@ def list_grid_cells(arguments: argparse.Namespace, learning_rates: dict[int, flo
     """
     return [
         GridCell(size, experts, budget, learning_rates[experts], seed)
-        for size in reversed(arguments.total_parameters)
         for budget in arguments.budget_flops
+        for size in reversed(arguments.total_parameters)
         for seed in arguments.seeds
         for experts in arguments.num_experts
     ]
