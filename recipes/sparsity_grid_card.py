@@ -59,6 +59,8 @@ def _describe_setup(results: Mapping[str, Any]) -> str:
 def _render_answer(results: Mapping[str, Any]) -> str:
     """The question of the title, answered by the groups."""
     told = [group for group in results["groups"] if "best_sparsity" in group]
+    if not told:
+        return "## Answer\n\nNone yet: no pair of C and N has two seeds of three sparsities.\n"
     lines = ["## Answer\n"]
     for verdict, meaning in (
         ("interior", "the best sparsity lies between the ends of the grid, for every seed"),
@@ -69,11 +71,17 @@ def _render_answer(results: Mapping[str, Any]) -> str:
         if found:
             where = "; ".join(f"{_place(group)}: S = {group['best_sparsity']:g}" for group in found)
             lines.append(f"- **{verdict}**, {len(found)} of {len(told)} pairs of C and N: {meaning}. {where}.")
-    lines += [_describe_trend(told, *axes) for axes in (("budget_flops", "C"), ("nominal_parameters", "N"))]
+    if len(told) < len(results["groups"]):
+        missing = "; ".join(_place(group) for group in results["groups"] if "best_sparsity" not in group)
+        lines.append(f"- Unfinished, and not counted: {missing}.")
+    lines += [
+        _describe_trend(told, "budget_flops", "C", "falls"),
+        _describe_trend(told, "nominal_parameters", "N", "rises"),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _describe_trend(groups: Sequence[Mapping[str, Any]], by: str, name: str) -> str:
+def _describe_trend(groups: Sequence[Mapping[str, Any]], by: str, name: str, published: str) -> str:
     """Which way the best sparsity moves along one axis with the other held."""
     held = "nominal_parameters" if by == "budget_flops" else "budget_flops"
     moves = {"rises": 0, "falls": 0, "stays": 0}
@@ -83,7 +91,10 @@ def _describe_trend(groups: Sequence[Mapping[str, Any]], by: str, name: str) -> 
             change = other["best_sparsity"] - one["best_sparsity"]
             moves["rises" if change > 0 else "falls" if change < 0 else "stays"] += 1
     counted = ", ".join(f"{what} {count}" for what, count in moves.items())
-    return f"- From one {name} to the next, the other held, the best sparsity of the grid (times): {counted}."
+    return (
+        f"- From one {name} to the next larger, the other held, the best sparsity of the grid (times): {counted}. In arXiv "
+        f"2501.12370 it {published}."
+    )
 
 
 def _render_groups(results: Mapping[str, Any]) -> str:
@@ -151,7 +162,7 @@ def _render_surfaces(results: Mapping[str, Any]) -> str:
             continue
         optima = "; ".join(
             f"{best['nominal_parameters']:,.0f}: {best['best_sparsity']:.3f}{chr(92) + '*' if best['flags'] else ''} "
-            f"[{min(best['best_of_seeds']):.3f}, {max(best['best_of_seeds']):.3f}]"
+            f"{_ends(best['best_of_seeds'])}"
             for best in one["optima"]
         )
         lines.append(f"| {one['budget_flops']:g} | {one['num_runs']} | {one['rmse']:.4f} | {optima} |")
@@ -193,7 +204,7 @@ def _render_answers(results: Mapping[str, Any]) -> str:
         "## Answers at equal loss\n",
         "Loss of the right answer given the end of its question, nats per byte; no run trains on these files. Answer loss = "
         "polynomial of degree 2 in the held-out loss + slope (-ln(1 - S)): a slope above 0 says that at equal loss sparser "
-        f"models answer worse. [Slopes of the seeds by themselves.] The first {results['settings']['num_answer_rows']} rows.\n",
+        f"models answer worse; ± is its standard error over runs. [Slopes of the seeds by themselves.] The first {results['settings']['num_answer_rows']} rows.\n",
         "| file | lowest | highest | correlation with the loss | slope per factor e of E/K | scatter |",
         "|---|---:|---:|---:|---|---:|",
     ]
@@ -205,7 +216,7 @@ def _render_answers(results: Mapping[str, Any]) -> str:
         seeds = ", ".join(f"{slope:+.4f}" for slope in one["slope_of_seeds"])
         lines.append(
             f"| {name} | {one['lowest']:.3f} | {one['highest']:.3f} | {one['correlation_with_loss']:.3f} | "
-            f"{one['slope']:+.4f} [{seeds}] | {one['scatter']:.4f} |"
+            f"{one['slope']:+.4f} ± {one['slope_standard_error']:.4f} [{seeds}] | {one['scatter']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -245,8 +256,10 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.3 * (len(budgets) + bool(results["answers"])), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(budgets) + bool(results["answers"]), squeeze=False)[0]
+    sizes = sorted({group["nominal_parameters"] for group in results["groups"]})
+    colours = {size: f"C{number}" for number, size in enumerate(sizes)}
     for panel, budget in zip(panels, budgets, strict=False):
-        _draw_budget(panel, [group for group in results["groups"] if group["budget_flops"] == budget])
+        _draw_budget(panel, [group for group in results["groups"] if group["budget_flops"] == budget], colours)
         panel.set_title(f"C = {budget:g} FLOPs")
     panels[0].set_ylabel("held-out loss, nats per byte")
     panels[0].legend(fontsize=8, title="N")
@@ -257,17 +270,17 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
-def _draw_budget(panel: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    for number, group in enumerate(groups):
+def _draw_budget(panel: Any, groups: Sequence[Mapping[str, Any]], colours: Mapping[float, str]) -> None:
+    for group in groups:
         points = group["points"]
         ratios, losses = [1 / (1 - point["sparsity"]) for point in points], [point["loss"] for point in points]
         below = [point["loss"] - point["low"] for point in points]
         above = [point["high"] - point["loss"] for point in points]
-        label = f"{group['nominal_parameters']:,.0f}"
-        panel.errorbar(ratios, losses, [below, above], marker=".", capsize=2, color=f"C{number}", label=label)
+        label, colour = f"{group['nominal_parameters']:,.0f}", colours[group["nominal_parameters"]]
+        panel.errorbar(ratios, losses, [below, above], marker=".", capsize=2, color=colour, label=label)
         if "best_sparsity" in group:
             ratio = 1 / (1 - group["best_sparsity"])
-            panel.plot([ratio], [losses[ratios.index(ratio)]], "o", color=f"C{number}", fillstyle="none", markersize=11)
+            panel.plot([ratio], [losses[ratios.index(ratio)]], "o", color=colour, fillstyle="none", markersize=11)
     panel.set_xscale("log", base=2)
     ticks = sorted({1 / (1 - point["sparsity"]) for group in groups for point in group["points"]})
     panel.set_xticks(ticks, labels=[f"{1 - 1 / ratio:.3g}" for ratio in ticks])
@@ -288,6 +301,10 @@ def _draw_answers(panel: Any, results: Mapping[str, Any], figure: Any) -> None:
     panel.legend(fontsize=8)
     panel.grid(alpha=0.3)
     figure.colorbar(drawn, ax=panel, label="E / K")
+
+
+def _ends(values: Sequence[float]) -> str:
+    return f"[{min(values):.3f}, {max(values):.3f}]" if values else "[-]"
 
 
 def _place(group: Mapping[str, Any]) -> str:

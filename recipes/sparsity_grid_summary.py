@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,19 @@ def compare_sparsities(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Per budget and size: the loss at each sparsity over the seeds, the best one, and whether it lies at an end.
 
     `verdict` is "interior" where the mean is lowest between the ends and every seed has its own lowest there too, "edge" where
-    all seeds have it at one end, "unclear" where they differ. `gain_over_*` is the loss at an end less the best one, the mean
-    over seeds with the smallest and the largest.
+    all seeds have it at one end, "unclear" where they differ, "unfinished" where fewer than two seeds have every sparsity.
+    `gain_over_*` is the loss at an end less the best one, the mean over seeds with the smallest and the largest.
     """
+    sparsities = _values(runs, "sparsity")
     told = []
     for budget in _values(runs, "budget_flops"):
         for size, group in nominal_sizes(run for run in runs if run["budget_flops"] == budget).items():
-            told.append({"budget_flops": budget, "nominal_parameters": size, **_compare_group(group)})
+            told.append({"budget_flops": budget, "nominal_parameters": size, **_compare_group(group, sparsities)})
     return told
 
 
-def _compare_group(group: Sequence[Run]) -> dict[str, Any]:
-    losses = {s: {r["seed"]: r["loss"] for r in group if r["sparsity"] == s} for s in _values(group, "sparsity")}
+def _compare_group(group: Sequence[Run], sparsities: Sequence[float]) -> dict[str, Any]:
+    losses = {s: {r["seed"]: r["loss"] for r in group if r["sparsity"] == s} for s in sparsities}
     # Only seeds that have every sparsity: a grid that is still running would compare different seeds.
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in losses.values())))
     points = [
@@ -61,10 +63,11 @@ def _compare_group(group: Sequence[Run]) -> dict[str, Any]:
             **_mean_of(group, s, ("total_parameters", "active_parameters", "num_tokens", "num_steps")),
         }
         for s, by_seed in losses.items()
+        if by_seed
     ]
-    told: dict[str, Any] = {"points": points}
-    if not seeds or len(points) < 3:
-        return told | {"verdict": "too few runs"}
+    told: dict[str, Any] = {"points": points, "num_seeds": len(seeds)}
+    if len(seeds) < 2 or len(sparsities) < 3:
+        return told | {"verdict": "unfinished"}
     means = {s: statistics.mean(by_seed[seed] for seed in seeds) for s, by_seed in losses.items()}
     best, ends = min(means, key=means.__getitem__), (min(means), max(means))
     of_seeds = [min(losses, key=lambda s, seed=seed: losses[s][seed]) for seed in seeds]  # type: ignore[misc]
@@ -87,9 +90,12 @@ def describe_surface(runs: Sequence[Run], budget: float) -> dict[str, Any]:
     told: dict[str, Any] = {"budget_flops": budget, "num_runs": len(chosen)}
     try:
         surface = _fit(chosen)
-        of_seeds = [_fit([run for run in chosen if run["seed"] == seed]) for seed in _values(chosen, "seed")]
     except ValueError as error:
         return told | {"refused": str(error)}
+    of_seeds = []
+    for seed in _values(chosen, "seed"):
+        with suppress(ValueError):  # a seed that has not run to its end
+            of_seeds.append(_fit([run for run in chosen if run["seed"] == seed]))
     errors = [surface.loss(run["total_parameters"], run["sparsity"]) - run["loss"] for run in chosen]
     freedom = max(1, len(chosen) - NUM_COEFFICIENTS)
     told |= {"coefficients": list(surface.coefficients), "rmse": float(np.sqrt(np.sum(np.square(errors)) / freedom))}
@@ -114,18 +120,18 @@ def _fit(runs: Sequence[Run]) -> Any:
 
 
 def find_best_sizes(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Per budget and sparsity: the size with the lowest mean loss, and whether it is the smallest or largest of the grid."""
-    told = []
+    """Per budget and sparsity that have every size: the one of the lowest mean loss, and whether it is an end of the grid."""
+    told, sizes = [], list(nominal_sizes(runs))
     for budget in _values(runs, "budget_flops"):
         for sparsity in _values(runs, "sparsity"):
             groups = nominal_sizes(r for r in runs if r["budget_flops"] == budget and r["sparsity"] == sparsity)
-            if not groups:
+            if list(groups) != sizes:
                 continue
             losses = {size: [run["loss"] for run in group] for size, group in groups.items()}
             best = min(losses, key=lambda size: statistics.mean(losses[size]))
             told.append(
                 {"budget_flops": budget, "sparsity": sparsity, "nominal_parameters": best, **_spread(losses[best]),
-                 "at_edge": len(losses) > 1 and best in (min(losses), max(losses))}
+                 "at_edge": best in (sizes[0], sizes[-1])}
             )  # fmt: skip
     return told
 
@@ -140,9 +146,10 @@ def compare_answers(runs: Sequence[Run], name: str) -> dict[str, Any]:
     fits = [_regress(runs, name), *(_regress([r for r in runs if r["seed"] == s], name) for s in _values(runs, "seed"))]
     if any(fit is None for fit in fits):
         return told | {"refused": f"fewer than {ANSWER_COEFFICIENTS + 1} runs of a seed, or of one sparsity only"}
-    (slope, scatter, correlation), *of_seeds = (fit for fit in fits if fit is not None)
+    (slope, error, scatter, correlation), *of_seeds = (fit for fit in fits if fit is not None)
     return told | {
         "slope": slope,
+        "slope_standard_error": error,
         "slope_of_seeds": [one[0] for one in of_seeds],
         "scatter": scatter,
         "correlation_with_loss": correlation,
@@ -151,7 +158,8 @@ def compare_answers(runs: Sequence[Run], name: str) -> dict[str, Any]:
     }
 
 
-def _regress(runs: Sequence[Run], name: str) -> tuple[float, float, float] | None:
+def _regress(runs: Sequence[Run], name: str) -> tuple[float, float, float, float] | None:
+    """Slope, its standard error, scatter, and the correlation of answers and loss."""
     if len(runs) <= ANSWER_COEFFICIENTS or len({run["sparsity"] for run in runs}) < 2:
         return None
     loss, sparsity, answers = (np.array([run[key] for run in runs]) for key in ("loss", "sparsity", name))
@@ -159,7 +167,8 @@ def _regress(runs: Sequence[Run], name: str) -> tuple[float, float, float] | Non
     features = np.stack([np.ones_like(loss), centred, centred**2, -np.log1p(-sparsity)], axis=1)
     solution = np.linalg.lstsq(features, answers, rcond=None)[0]
     scatter = np.sqrt(np.sum((features @ solution - answers) ** 2) / (len(runs) - ANSWER_COEFFICIENTS))
-    return float(solution[3]), float(scatter), float(np.corrcoef(loss, answers)[0, 1])
+    error = scatter * np.sqrt(np.linalg.inv(features.T @ features)[3, 3])
+    return float(solution[3]), float(error), float(scatter), float(np.corrcoef(loss, answers)[0, 1])
 
 
 def compare_memory(runs: Sequence[Run]) -> dict[str, float]:

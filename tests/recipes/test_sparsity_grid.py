@@ -329,6 +329,18 @@ def test_answers_at_equal_loss_have_the_slope_that_was_put_in(recipes):
     assert found["scatter"] == pytest.approx(0, abs=1e-9)
 
 
+def test_a_group_that_is_not_whole_has_no_verdict(recipes):
+    """The sparsest run of the second seed is missing: one seed is left to compare, which is none."""
+    from sparsity_grid_summary import compare_sparsities, find_best_sizes
+
+    runs = [make_run(n, s, 1e10, seed, bowl(n, s, 2)) for n in (1e5, 2e5) for seed in range(2) for s in SPARSITIES]
+    assert [group["verdict"] for group in compare_sparsities(runs)] == ["interior", "interior"]
+    assert len(find_best_sizes(runs)) == 5
+    whole, missing = compare_sparsities(runs[:-1])
+    assert (whole["verdict"], missing["verdict"], missing["num_seeds"]) == ("interior", "unfinished", 1)
+    assert len(find_best_sizes([run for run in runs if run["nominal_parameters"] == 1e5 or run["sparsity"] > 0])) == 4
+
+
 def test_the_exchange_is_the_package_s_formula(recipes):
     """Two ranks of a shape that is no test's: against the package's own bytes of a recomputed run less one forward."""
     from hf_moe_ext.scaling.exchange import INFERENCE, Exchange, expect_sent, layer_bytes
