@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_moe_ext import registry
 
 if TYPE_CHECKING:
+    from hf_moe_ext.audit.log import AuditLog, AuditLogWriter
     from hf_moe_ext.audit.recorder import RoutingRecorder
     from hf_moe_ext.audit.thresholds import RoutingThresholds
     from hf_moe_ext.cards.callback import ModelCardCallback
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AuditLog": "hf_moe_ext.audit.log",
+    "AuditLogWriter": "hf_moe_ext.audit.log",
     "TrafficCallback": "hf_moe_ext.dcca.traffic_callback",
     "TrafficMeter": "hf_moe_ext.dcca.meter",
     "MixtralExtConfig": "hf_moe_ext.models",
@@ -57,6 +60,8 @@ _EXPORTS = {
     "record_router_load": "hf_moe_ext.perft.router_load",
 }
 __all__ = [
+    "AuditLog",
+    "AuditLogWriter",
     "MixtralExtConfig",
     "MixtralExtForCausalLM",
     "ModelCardCallback",

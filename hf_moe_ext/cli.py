@@ -12,6 +12,7 @@ from hf_moe_ext.commands import (
     delta,
     diagnosis,
     fold,
+    inspect,
     mup,
     plan,
     push,
@@ -51,6 +52,9 @@ def main(
 
 
 # Here in the order of `--help`, which puts groups such as `delta` last.
+app.command("inspect", short_help="What the routers do with a text: load, dead and hot experts, drift.")(
+    inspect.inspect_routing
+)
 app.command("env", short_help="Versions and devices, to paste into an issue.")(diagnosis.env)
 app.command("doctor", short_help="What would train, what it costs, what is wrong.", context_settings=_UNDERSCORES_TOO)(
     diagnosis.doctor

@@ -79,7 +79,7 @@ def time_product(device: torch.device, dtype: torch.dtype, width: int) -> float:
 
 
 def time_grouped_product(device: torch.device, dtype: torch.dtype, width: int) -> float | None:
-    """FLOP/s of the same FLOPs in groups of equal size, ``torch.nn.functional.grouped_mm``; None where it cannot run."""
+    """FLOP/s of the same FLOPs in groups of equal size, ``torch.nn.functional.grouped_mm``; None where it has no kernel."""
     inner = width // NUM_EXPERTS
     rows = torch.randn(width * NUM_EXPERTS // 2, width, device=device).to(dtype)
     weights = torch.randn(NUM_EXPERTS, width, inner, device=device).to(dtype)
@@ -87,7 +87,7 @@ def time_grouped_product(device: torch.device, dtype: torch.dtype, width: int) -
     ends = torch.arange(1, NUM_EXPERTS + 1, device=device, dtype=torch.int32) * each
     try:
         seconds = _fastest(lambda: F.grouped_mm(rows, weights, offs=ends), device)
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except NotImplementedError:  # and nothing else: too little memory is no missing kernel
         return None
     return 2 * len(rows) * width * inner / seconds
 

@@ -21,7 +21,6 @@ from accelerate import PartialState
 from built_in_data import build_built_in
 from distribution import check_distributed_model
 from entry import refuse_common_mistakes, run_recipe
-from evaluation import sum_answer_nats
 from finetune_arguments import (
     QUICKSTART_MODEL,
     Arguments,
@@ -29,7 +28,7 @@ from finetune_arguments import (
     find_idle_settings,
     parse_arguments,
 )
-from finetune_data import apply_chat_templates, encode_rows, load_rows
+from finetune_data import encode_rows, load_rows
 from finetune_model import (
     attach,
     build_adapter_config,
@@ -40,6 +39,8 @@ from finetune_model import (
 )
 from held_out import HeldOut, MeasureFirst, Measurement, read_measurement
 from hf_moe_ext import RouterLoadCallback, param_groups
+from hf_moe_ext.row_losses import sum_answer_nats
+from hf_moe_ext.text_rows import apply_chat_templates
 from output_folder import (
     claim_output_folder,
     find_checkpoint,

@@ -16,10 +16,11 @@ from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from evaluation import RowLosses, choose_answers, generate_tokens, measure_losses
 from finetune_arguments import DataArguments, UserError
-from finetune_data import encode_prompt, encode_rows, expand_choices
+from finetune_data import encode_rows, expand_choices
 from hf_moe_ext import record_router_load
+from hf_moe_ext.row_losses import RowLosses, choose_answers, generate_tokens, measure_losses
+from hf_moe_ext.text_rows import encode_prompt
 from quickstart.docstrings import name_words
 
 METRIC = Path(__file__).resolve().parent / "metrics" / "docstring_overlap"

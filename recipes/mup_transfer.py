@@ -9,16 +9,13 @@ is `results.json`, `results.md` and `results.png` in the output folder.
 
 import argparse
 import functools
-import multiprocessing
-import os
 import shlex
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from cell_pool import run_in_processes
 from finetune_arguments import UserError
 from hf_moe_ext.mup import Cell, Sweep, draw_sweep, find_cell, record_training_arguments, run_cell, summarize
 from mup_transfer_arguments import build_sweep, parse_transfer_arguments
@@ -58,19 +55,12 @@ def run_study(sweep: Sweep, arguments: argparse.Namespace) -> None:
     """All cells that are not there yet, several processes side by side."""
     folder, cells = arguments.output_dir / "cells", sweep.cells()
     run = functools.partial(_run_one, sweep, arguments, folder)
-    # The processes inherit it; set in them it would come after the threads have been started.
-    os.environ["OMP_NUM_THREADS"] = str(arguments.num_threads)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.num_processes, context, initializer=_leave_with_parent) as pool:
-        runs = {pool.submit(run, cell): cell for cell in cells}
-        try:
-            for number, done in enumerate(as_completed(runs), 1):
-                record = done.result()
-                loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-                print(f"[{number}/{len(cells)}] {runs[done].name}: {loss} ({record['seconds']:.0f} s)", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+    def report(number: int, cell: Cell, record: dict[str, Any]) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        print(f"[{number}/{len(cells)}] {cell.name}: {loss} ({record['seconds']:.0f} s)", flush=True)
+
+    run_in_processes(run, cells, arguments.num_processes, arguments.num_threads, report)
 
 
 def write_report(sweep: Sweep, arguments: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
@@ -157,18 +147,6 @@ def _run_one(sweep: Sweep, arguments: argparse.Namespace, folder: Path, cell: Ce
 
     torch.set_num_threads(arguments.num_threads)
     return run_cell(sweep, cell, TransferTraining(arguments), folder)
-
-
-def _leave_with_parent() -> None:
-    """A process of the pool would wait for work for ever if the study is killed."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-from evaluation import RowLosses
 from hf_moe_ext.mup import trainer_optimizer
+from hf_moe_ext.row_losses import RowLosses
 from pretrain import sum_nats
 from quickstart.corpus import read_corpus
 

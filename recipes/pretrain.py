@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from accelerate import PartialState
 from entry import refuse_common_mistakes, run_recipe
-from evaluation import RowLosses, measure_losses, sum_answer_nats
 from held_out import MeasureFirst, Measurement, read_measurement
 from hf_moe_ext.mup import record_training_arguments
+from hf_moe_ext.row_losses import RowLosses, measure_losses, sum_answer_nats
 from output_folder import claim_output_folder, find_checkpoint, push_folder
 from pretrain_arguments import PretrainArguments, parse_pretrain_arguments
 from pretrain_data import Packed, Texts, pack, prepare_tokenizer, read_texts

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from built_in_data import build_built_in
 from finetune_arguments import UserError
-from finetune_data import apply_chat_templates, load_rows
+from finetune_data import load_rows
+from hf_moe_ext.text_rows import apply_chat_templates
 from pretrain_arguments import SOURCE, TRAINED, PretrainArguments
 from quickstart.corpus import Module, read_corpus
 from quickstart.pretrain import cut_blocks, train_tokenizer

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 import hf_moe_ext
-from evaluation import RowLosses, as_plain
 from hf_moe_ext.cards import CardError, format_results, write_card
+from hf_moe_ext.row_losses import RowLosses, as_plain
 
 matplotlib.use("Agg")  # no display is needed to write a file
 from matplotlib import pyplot as plt

@@ -145,7 +145,8 @@ def test_every_option_reaches_the_configuration(base: str) -> None:
         (("coord-check", "no/such/folder"), "the configuration of 'no/such/folder' cannot be read"),
         (("transfer", "--from", "no/such/folder", "--to", "x"), "holds neither config.json"),
         (("fold", "no/such/folder", "--output", "x"), "neither a folder here nor a model"),
-        (("inspect",), "No such command 'inspect'"),
+        (("inspect",), "Missing argument 'MODEL'"),
+        (("dissect",), "No such command 'dissect'"),
     ],
 )
 def test_bad_usage_is_one_message_and_exit_code_2(arguments: tuple[str, ...], words: str) -> None:

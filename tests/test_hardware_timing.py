@@ -63,6 +63,20 @@ def test_command_prints_the_row(tmp_path: Path) -> None:
     assert "is not TOML" in error
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("a bug"), AttributeError("a bug")])
+def test_only_a_missing_kernel_is_no_number(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """What else goes wrong in a grouped product is told."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", fail)
+    with pytest.raises(type(error), match=str(error)):
+        measure_hardware("x", device="cpu", size="small")
+    error = NotImplementedError("no kernel on this device")
+    assert measure_hardware("x", device="cpu", size="small").grouped_flops_per_s is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_no_such_device() -> None:
     with pytest.raises(ValueError, match="device must be cpu, or cuda on a machine that has it, got 'cuda'"):

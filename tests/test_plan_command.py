@@ -56,6 +56,28 @@ def test_measured_efficiencies_change_the_time(tmp_path: Path) -> None:
     assert slow["derived"]["expected_flops"] == pytest.approx(usual["derived"]["expected_flops"] / 2)
 
 
+def test_a_fit_of_ones_own_is_one_more_law(tmp_path: Path) -> None:
+    """As `recipes/fit_law.py --output` writes it; what is no such fit is refused."""
+    told = {
+        "form": "abnar",
+        "theta": [9.7, 0.6, 8.6, 0.4, -0.8, -0.17, 2.8, 0.16, 0.16, -0.06],
+        "rmse": 0.01,
+        "num_runs": 40,
+    }
+    told |= {"centres": {"n": 0, "d": 0, "s": 0}, "source": "runs.csv", "warnings": []}
+    told["ranges"] = {"total_parameters": [1e4, 1e5], "num_tokens": [1e5, 1e6], "sparsity": [0, 0.9]}
+    path = tmp_path / "small_grid.json"
+    path.write_text(json.dumps(told))
+    found = json.loads(_run(*SMALL, "--json", "--law", str(path)).stdout)["recommended"]
+    assert found["laws"]["small_grid"]["source"] == "40 runs of runs.csv"
+    assert not found["laws"]["small_grid"]["in_range"]
+    assert found["gains"]["small_grid"] > 0
+    assert "own fit     small_grid: " in _run(*SMALL, "--law", str(path)).stdout
+    path.write_text(json.dumps(told | {"theta": [1, 2]}))
+    assert "abnar has 10 parameters, theta has 2" in _run(*SMALL, "--law", str(path), code=2).stderr
+    assert "none.json" in _run(*SMALL, "--law", str(tmp_path / "none.json"), code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -189,5 +189,6 @@ def _per_row(name: str, values: Sequence[Any] | None, batch: int) -> Sequence[An
     if len(values) and batch % len(values) == 0:  # beams, or several returned sequences
         return tuple(value for value in values for _ in range(batch // len(values)))
     raise ValueError(
-        f"{name} must be one per row of the batch, which has {batch}, got {len(values)}; give one for each"
+        f"{name} must be one per row of the batch, which has {batch}, got {len(values)}; give one for each. (A packed batch has "
+        "several examples in a row: pad it instead, or leave slices and examples out)"
     )

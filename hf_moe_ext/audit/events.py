@@ -8,7 +8,7 @@ router announces itself (``host/routing.py``). What gradient checkpointing runs 
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_moe_ext.audit.batch import BatchFacts, cached_length, read_batch, take_tags
+from hf_moe_ext.audit.batch import BatchFacts, cached_length, read_batch
+from hf_moe_ext.audit.hooks import BASE as BASE
+from hf_moe_ext.audit.hooks import AdapterHook, BeginHook, EndHook, ExpertsHook, RouterHook, drop_tags
 from hf_moe_ext.host.blocks import explain_no_blocks, find_router, iterate_experts
 from hf_moe_ext.host.families import router_scoring
 from hf_moe_ext.host.routing import AdapterRouting, find_announcers
 from hf_moe_ext.ops.routing import routing_probabilities
-
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class RoutingSeam:
         """From now on take what a ``SliceCollator`` put into the batches out again, also while nobody listens."""
         if not self._keeps_out_tags:
             self._keeps_out_tags = True
-            self._installed_model().register_forward_pre_hook(_drop_tags, with_kwargs=True)
+            self._installed_model().register_forward_pre_hook(drop_tags, with_kwargs=True)
 
     def _installed_model(self) -> nn.Module:
         model = self._model()
@@ -161,8 +161,8 @@ class RoutingSeam:
         for module in [model] if decoder is model else [model, decoder]:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             self._handles += [
-                module.register_forward_pre_hook(_BeginHook(self, names), with_kwargs=True, prepend=True),
-                module.register_forward_hook(_EndHook(self), always_call=True),
+                module.register_forward_pre_hook(BeginHook(self, names), with_kwargs=True, prepend=True),
+                module.register_forward_hook(EndHook(self), always_call=True),
             ]
         for site in iterate_experts(model):
             block = model.get_submodule(site.name.rpartition(".")[0])
@@ -170,14 +170,14 @@ class RoutingSeam:
             router = find_router(model, site, site.num_experts - always)
             if router is not None:
                 module = model.get_submodule(router.name)
-                hook = _RouterHook(self, site.name, router.num_experts)
+                hook = RouterHook(self, site.name, router.num_experts)
                 self._handles.append(module.register_forward_hook(hook))
             scoring = router_scoring(getattr(site.experts, "config", getattr(model, "config", None)))
             names = [site.index_name, site.weights_name]
-            experts_hook = _ExpertsHook(self, site.name, site.num_experts - always, names, always, scoring)
+            experts_hook = ExpertsHook(self, site.name, site.num_experts - always, names, always, scoring)
             self._handles.append(site.experts.register_forward_pre_hook(experts_hook, with_kwargs=True))
         for name, listeners in find_announcers(model):
-            announced = _AdapterHook(self, name)
+            announced = AdapterHook(self, name)
             listeners.append(announced)
             self._announcers.append((listeners, announced))
 
@@ -265,89 +265,3 @@ class _Pass:
 def _unknown(tokens: int, device: torch.device) -> BatchFacts:
     nowhere = torch.full((tokens,), -1, device=device)
     return BatchFacts(None, None, nowhere, nowhere)
-
-
-def is_recomputation() -> bool:
-    """Whether gradient checkpointing runs this again: inside a backward, as ``torch.utils.checkpoint`` asks itself."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _drop_tags(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    return args, take_tags(kwargs)[0]
-
-
-# The hooks are classes, not closures: a copy or a pickle of a watched model must not fail on them.
-
-
-@dataclass
-class _BeginHook:
-    seam: RoutingSeam
-    names: list[str]
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs, tags = take_tags(kwargs)
-        if not is_recomputation():
-            self.seam.begin(module, dict(zip(self.names, args, strict=False)) | kwargs, tags)
-        return args, kwargs
-
-
-@dataclass
-class _EndHook:
-    seam: RoutingSeam
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not is_recomputation():
-            self.seam.end(module)
-
-
-@dataclass
-class _RouterHook:
-    seam: RoutingSeam
-    layer: str
-    num_experts: int
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if is_recomputation():
-            return
-        for value in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1:] == (self.num_experts,):
-                self.seam.keep_logits(self.layer, value.detach())
-                return
-
-
-@dataclass
-class _ExpertsHook:
-    seam: RoutingSeam
-    layer: str
-    num_experts: int
-    names: list[str]
-    always: int
-    scoring: str
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if is_recomputation():
-            return
-        given = dict(zip(self.names, args[1:], strict=False)) | dict(kwargs)
-        index, weights = (given[name] for name in self.names)
-        if self.always:  # an expert for every token, which nobody chose, stands last
-            index, weights = index[..., : -self.always], weights[..., : -self.always]
-        self.seam.raise_event(self.layer, BASE, index, weights, self.num_experts, self.scoring)
-
-
-@dataclass
-class _AdapterHook:
-    seam: RoutingSeam
-    layer: str
-
-    @torch.compiler.disable
-    def __call__(self, routing: AdapterRouting) -> None:
-        if is_recomputation():
-            return
-        num_experts = routing.logits.shape[-1]
-        self.seam.raise_event(
-            self.layer, routing.adapter, routing.index, routing.weights, num_experts, "softmax", routing
-        )

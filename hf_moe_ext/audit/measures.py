@@ -92,13 +92,14 @@ def distribution_sums(probabilities: Tensor, mask: Tensor | None = None) -> Tens
         largest, tokens these are of, and tokens left out because a value is not finite.
     """
     num_experts = probabilities.shape[-1]
-    count = torch.ones_like(probabilities[:, 0]) if mask is None else mask.to(probabilities.dtype)
-    finite = torch.isfinite(probabilities).all(dim=-1)
-    safe = torch.where(finite[:, None], probabilities, 1.0 / num_experts)
-    scale = math.log(num_experts) if num_experts > 1 else 1.0
-    entropy = -torch.special.xlogy(safe, safe).sum(dim=-1) / scale
-    largest = safe.topk(min(2, num_experts), dim=-1).values
-    margin = largest[:, 0] - largest[:, 1] if num_experts > 1 else torch.zeros_like(largest[:, 0])
-    good = count * finite
-    values = torch.stack([entropy, largest[:, 0], margin, torch.ones_like(count)])
-    return torch.cat([values @ good, (count * ~finite).sum()[None]])
+    # A row's sum is finite where all of its values are; reductions of booleans and topk cost more than all of the rest.
+    finite = torch.isfinite(probabilities.sum(dim=-1))
+    counted = finite if mask is None else finite & mask
+    invalid = ~finite if mask is None else ~finite & mask
+    logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_()
+    entropy = (probabilities * logs).sum(dim=-1) / -(math.log(num_experts) if num_experts > 1 else 1.0)
+    largest, first = probabilities.max(dim=-1, keepdim=True)
+    second = probabilities.scatter(1, first, -1.0).amax(dim=-1) if num_experts > 1 else largest[:, 0]
+    values = torch.stack([entropy, largest[:, 0], largest[:, 0] - second, torch.ones_like(entropy)])
+    sums = torch.where(counted, values, 0.0).sum(dim=-1)
+    return torch.cat([sums, invalid.sum()[None].to(sums.dtype)])

@@ -112,15 +112,15 @@ class RoutingRecorder(TrainerCallback):
         if facts.slices is None:
             return None
         if self._token_slices is None or self._token_slices[0] is not facts:
-            names, device = facts.slices, facts.rows.device
-            known = names.names if isinstance(names, SliceNames) else dict.fromkeys(names)
-            for name in known:
-                self._slices.setdefault(name, len(self._slices))
-            if isinstance(names, SliceNames):
-                numbers = torch.tensor([self._slices[name] for name in names.names], device=device)[names.ids]
+            given = facts.slices if isinstance(facts.slices, SliceNames) else None
+            names = tuple(facts.slices) if given is None else given.names
+            numbers = [self._slices.setdefault(name, len(self._slices)) for name in names]
+            if given is not None and numbers == list(range(len(numbers))):
+                ids = given.ids  # our own numbers: nothing goes to the device
             else:
-                numbers = torch.tensor([self._slices[name] for name in names], device=device)
-            self._token_slices = (facts, numbers[facts.rows])
+                table = torch.tensor(numbers, device=facts.rows.device)
+                ids = table if given is None else table[given.ids]
+            self._token_slices = (facts, ids[facts.rows])
         return self._token_slices[1]
 
     def reading(self, reduce: bool = True) -> RoutingReading:

@@ -52,6 +52,10 @@ def plan_sparsity(
     efficiency: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON that `hf-moe calibrate` wrote. [default: assumptions]")
     ] = None,
+    law: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Your own fit, of recipes/fit_law.py, shown beside the published laws."),
+    ] = None,
     hardware_file: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML of more hardware.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="With every intermediate value.")] = False,
     as_json: Json = False,
@@ -70,6 +74,7 @@ def plan_sparsity(
     """
     with refusal_of("plan"):
         from hf_moe_ext.scaling.hardware import find_hardware
+        from hf_moe_ext.scaling.laws.fitted import read_law
         from hf_moe_ext.scaling.money import Prices
         from hf_moe_ext.scaling.plan_explain import as_csv
         from hf_moe_ext.scaling.plan_explain import explain as explain_result
@@ -92,7 +97,7 @@ def plan_sparsity(
             precision=precision, efficiency=_read_efficiency(efficiency), imbalance=imbalance, utilisation=utilisation,
             batch_tokens=batch_tokens, moved_bytes=moved_gb * 1e9, target=target, indifference=indifference,
         )  # fmt: skip
-        result = plan(request)
+        result = plan(request, None if law is None else read_law(law))
         told = explain_result(result, details=explain or html is not None or markdown is not None)
         if emit_config is not None:
             write_files(result.recommended, request, emit_config)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_moe_ext.scaling.fit_forms import Form, Prepared, find_form
+from hf_moe_ext.scaling.fit_forms import find_form
 from hf_moe_ext.scaling.fit_solver import Array, FitSettings, Problem, search, start_points
+from hf_moe_ext.scaling.law_form import Form, Prepared
 from hf_moe_ext.scaling.runs import Runs, RunsError
 
 

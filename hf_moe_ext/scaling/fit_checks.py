@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from hf_moe_ext.scaling.fit import Fit, fit
-from hf_moe_ext.scaling.fit_forms import Form
 from hf_moe_ext.scaling.fit_solver import Array, FitSettings, require_scipy
+from hf_moe_ext.scaling.law_form import Form
 from hf_moe_ext.scaling.runs import Runs, RunsError
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_moe_ext.scaling.fit_forms import START_GRID, Form, Prepared, find_form
+from hf_moe_ext.scaling.fit_forms import find_form
+from hf_moe_ext.scaling.law_form import START_GRID, Form, Prepared
 
 HUBER_DELTA = 1e-3
 NUM_STARTS = 60

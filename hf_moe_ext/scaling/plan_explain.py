@@ -8,7 +8,6 @@ from typing import Any
 
 from hf_moe_ext.scaling.activations import BlockBytes
 from hf_moe_ext.scaling.equal_loss import EqualLossDense, compare_costs, find_equal_loss
-from hf_moe_ext.scaling.laws import LAWS
 from hf_moe_ext.scaling.layout import stage_parameters
 from hf_moe_ext.scaling.plan_quality import RANKING, equivalent_budgets
 from hf_moe_ext.scaling.plan_request import PlanRequest
@@ -57,8 +56,8 @@ def explain(result: PlanResult, details: bool = True) -> dict[str, Any]:
         "num_candidates": result.num_candidates,
         "reason": result.reason,
         "binding": asdict(result.binding),
-        "recommended": explain_plan(result.recommended, request, details),
-        "dense_reference": explain_plan(result.dense, request, details),
+        "recommended": explain_plan(result.recommended, result, details),
+        "dense_reference": explain_plan(result.dense, result, details),
         "equal_loss_dense": {law: _equal_loss(one, request, details) for law, one in dense.items()},
         "break_even": {
             name: asdict(one) | {"saved_over_demand": one.saved(request.inference.generated_tokens)}
@@ -74,9 +73,9 @@ def explain(result: PlanResult, details: bool = True) -> dict[str, Any]:
     return _finite(told)
 
 
-def explain_plan(plan: Plan, request: PlanRequest, details: bool = True) -> dict[str, Any]:
-    """One plan."""
-    shape = plan.candidate.shape
+def explain_plan(plan: Plan, result: PlanResult, details: bool = True) -> dict[str, Any]:
+    """One plan of a result."""
+    shape, request = plan.candidate.shape, result.request
     found: dict[str, Any] = {
         **_explain_model(plan.candidate, plan.training, plan.run, plan.serving, request, details),
         "gains": plan.gains,
@@ -94,11 +93,11 @@ def explain_plan(plan: Plan, request: PlanRequest, details: bool = True) -> dict
                 "flags": [asdict(flag) for flag in answer.flags],
                 "counts": dict(plan.counts[name].values),
                 "details": dict(answer.details),
-                "source": LAWS[name].card.source,
-                "counting": LAWS[name].card.counting,
-                "provenance": LAWS[name].card.provenance,
-                "error": LAWS[name].card.error,
-                "caveat": LAWS[name].card.caveat,
+                "source": result.laws[name].card.source,
+                "counting": result.laws[name].card.counting,
+                "provenance": result.laws[name].card.provenance,
+                "error": result.laws[name].card.error,
+                "caveat": result.laws[name].card.caveat,
             }
             for name, answer in plan.answers.items()
         },

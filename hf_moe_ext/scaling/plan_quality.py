@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import exp, log
 from typing import Any
 
-from hf_moe_ext.scaling.laws import LAWS, Answer, Counts, abnar, joint
+from hf_moe_ext.scaling.laws import LAWS, Answer, Counts, Law, abnar, joint
 from hf_moe_ext.scaling.laws.layout import IdealLayout
 from hf_moe_ext.scaling.laws.search import find_crossing
 from hf_moe_ext.scaling.shape import MoeShape
@@ -32,9 +32,9 @@ def equivalent_budgets(answers: Mapping[str, Answer], counts: Mapping[str, Count
     }
 
 
-def count_for_laws(shape: MoeShape, num_tokens: float) -> dict[str, Counts]:
+def count_for_laws(shape: MoeShape, num_tokens: float, laws: Mapping[str, Law] = LAWS) -> dict[str, Counts]:
     """Each law's own counts."""
-    return {name: law.count(shape, float(num_tokens)) for name, law in LAWS.items()}
+    return {name: law.count(shape, float(num_tokens)) for name, law in laws.items()}
 
 
 def quick_equivalents(shape: MoeShape, num_tokens: float) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """What a plan consists of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from hf_moe_ext.scaling.candidates import Candidate
-from hf_moe_ext.scaling.laws import LAWS, Answer, Counts, Flag
+from hf_moe_ext.scaling.laws import LAWS, Answer, Counts, Flag, Law
 from hf_moe_ext.scaling.plan_quality import RANKING, mean_of
 from hf_moe_ext.scaling.plan_request import PlanRequest
 from hf_moe_ext.scaling.pricing import Run, Serving, Shortage, Training
@@ -93,6 +94,7 @@ class PlanResult:
         reason: why this one.
         binding: what holds it back.
         num_candidates: enumerated.
+        laws: that were asked, by name.
     """
 
     request: PlanRequest
@@ -103,6 +105,7 @@ class PlanResult:
     reason: str
     binding: Binding
     num_candidates: int
+    laws: Mapping[str, Law] = field(default_factory=lambda: LAWS)
 
 
 @dataclass(frozen=True)

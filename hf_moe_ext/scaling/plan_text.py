@@ -58,9 +58,22 @@ def facts(told: dict[str, Any]) -> list[str]:
         f"memory      {best['memory']['total'] / GIGA:.1f} GB of {told['derived']['usable_bytes'] / GIGA:.1f} GB usable",
         f"time        {best['time']['total']:.3g} s a step, {run['hours'] / 24:.3g} days, {run['gpu_hours']:.0f} device hours",
         f"evidence    {best['laws_in_range']} of {len(best['ranking_laws'])} laws were fitted where this is asked",
+        *own_fits(best),
     ]
     money = cost_text(told)
     return lines + ([f"cost        {money}"] if money else [])
+
+
+def own_fits(best: dict[str, Any]) -> list[str]:
+    """What the user's own fit says of a plan, and whether its runs reach there; nothing without one."""
+    lines = []
+    for name, law in best["laws"].items():
+        if law["provenance"] != "own runs":
+            continue
+        gain = f"{best['gains'][name]:.2f} times dense" if name in best["gains"] else "no dense model of the same loss"
+        doubts = "; ".join(flag["message"] for flag in law["flags"]) or "within its runs"
+        lines.append(f"own fit     {name}: {gain}; {doubts}")
+    return lines
 
 
 def cost_text(told: dict[str, Any]) -> str:

@@ -6,11 +6,11 @@ counting; the spread between the laws is part of every answer. Shapes that no la
 are priced and shown, and not recommended.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from hf_moe_ext.scaling.candidates import Candidate, enumerate_candidates
-from hf_moe_ext.scaling.laws import LAWS
+from hf_moe_ext.scaling.laws import Law, add_law
 from hf_moe_ext.scaling.laws.downstream import check_downstream
 from hf_moe_ext.scaling.plan_limits import explain_no_fit, explain_small_budget, find_binding
 from hf_moe_ext.scaling.plan_quality import (
@@ -34,17 +34,23 @@ from hf_moe_ext.scaling.pricing import (
 PRICED_PER_KIND, REFUSED_PER_KIND = 4, 12
 
 
-def plan(request: PlanRequest) -> PlanResult:
+def plan(request: PlanRequest, own_law: Law | None = None) -> PlanResult:
     """The whole search.
 
+    Args:
+        request: the question.
+        own_law: asked beside the published ones and shown; it does not rank.
+
     Raises:
-        ValueError: nothing fits, or the budget trains nothing; says which constraint and by how much.
+        ValueError: nothing fits, or the budget trains nothing; says which constraint and by how much. A law of one's own that is
+            called as a published one.
     """
+    laws = add_law(own_law)
     candidates = list(enumerate_candidates(request))
     promises = [promise for promise in (_promise(c, request) for c in candidates) if promise is not None]
     if not promises:
         raise ValueError(explain_small_budget(candidates[0], request))
-    priced, refused = _price_kinds(promises, request)
+    priced, refused = _price_kinds(promises, request, laws)
     if not priced:
         raise ValueError(explain_no_fit(candidates, request, refused))
     dense = [one for one in priced if one.candidate.block == "dense"]
@@ -58,7 +64,7 @@ def plan(request: PlanRequest) -> PlanResult:
     recommended, reason = _recommend(plans, request)
     return PlanResult(
         request, tuple(plans), tuple(_pareto(plans)), recommended, reference, reason,
-        find_binding(recommended, refused, reference, request), len(candidates),
+        find_binding(recommended, refused, reference, request), len(candidates), laws,
     )  # fmt: skip
 
 
@@ -81,7 +87,7 @@ def _promise(candidate: Candidate, request: PlanRequest) -> Promise | None:
 
 
 def _price_kinds(
-    promises: Iterable[Promise], request: PlanRequest
+    promises: Iterable[Promise], request: PlanRequest, laws: Mapping[str, Law]
 ) -> tuple[list[Plan], list[tuple[Promise, Shortage]]]:
     kinds: dict[tuple[str, float], list[Promise]] = {}
     for promise in sorted(promises, key=lambda one: -one.quality):
@@ -98,20 +104,20 @@ def _price_kinds(
                 # Shapes that miss by more than half are passed over without being counted: a smaller one may still fit.
                 missed += training.needed_bytes < 1.5 * training.usable_bytes
                 continue
-            one = _price(promise.candidate, training, request)
+            one = _price(promise.candidate, training, request, laws)
             if one is not None:
                 priced.append(one)
                 found += 1
     return priced, refused
 
 
-def _price(candidate: Candidate, training: Training, request: PlanRequest) -> Plan | None:
+def _price(candidate: Candidate, training: Training, request: PlanRequest, laws: Mapping[str, Law]) -> Plan | None:
     shape = candidate.shape
     run = plan_run(shape, request, training)
     if run is None or run.num_tokens < FEWEST_TOKENS_PER_PARAMETER * shape.active_parameters:
         return None
-    counts = count_for_laws(shape, run.num_tokens)
-    answers = {name: law.compute_multiplier(counts[name]) for name, law in LAWS.items()}
+    counts = count_for_laws(shape, run.num_tokens, laws)
+    answers = {name: law.compute_multiplier(counts[name]) for name, law in laws.items()}
     return Plan(
         candidate, training, run, counts, answers,
         serving=choose_serving(candidate, request),

@@ -12,7 +12,6 @@ join those in the card folder.
 import argparse
 import dataclasses
 import json
-import platform
 import random
 import shlex
 import statistics
@@ -27,6 +26,7 @@ from perft_card import draw_card, missed_targets, render_card
 from perft_methods import METHODS, PRESETS, REFERENCE, Shape, attach, build_base, choose_rank, count_adapter
 from step_cost import (
     count_bytes,
+    describe_device,
     measure_transient_bytes,
     profile_operations,
     state_tensors,
@@ -124,7 +124,7 @@ def measure(shape: Shape, options: argparse.Namespace, log: Path) -> dict[str, A
         "seed": options.seed,
         "rounds": options.rounds,
         "steps": options.steps,
-        "device": describe_device(shape),
+        "device": describe_device(shape.device, shape.threads),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "shape": dataclasses.asdict(shape),
         "base_bytes": count_bytes([*base.parameters(), *base.buffers()]),
@@ -191,18 +191,6 @@ def profile(model: nn.Module, batch: dict[str, torch.Tensor], device: str) -> di
     with training_step(model, batch) as (step, _):
         step()
         return {key: time for key, time in profile_operations(step, device).items() if time >= 0.01}
-
-
-def describe_device(shape: Shape) -> str:
-    """What the steps ran on."""
-    if shape.device == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {shape.threads} threads"
 
 
 if __name__ == "__main__":

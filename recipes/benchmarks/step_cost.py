@@ -12,6 +12,7 @@ The step that is profiled is never the step that is timed.
 """
 
 import json
+import platform
 import statistics
 import tempfile
 import time
@@ -118,6 +119,18 @@ def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     if optimizer is None:
         return []
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def describe_device(device: str, threads: int) -> str:
+    """What the steps ran on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _record_allocations(step: Step) -> list[int]:

@@ -130,7 +130,7 @@ def pretrain(settings: BaseSettings, folder: Path) -> dict[str, float]:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
-    from evaluation import measure_losses, sum_answer_nats
+    from hf_moe_ext.row_losses import measure_losses, sum_answer_nats
     from quickstart.ngram import ByteNgram
 
     began = time.monotonic()

@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 
-RANDOM = {"phimoe"}  # its router draws at random in training, so that there is no twin of it
 FSDP, EXPERTS = {"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}
 SHARED = {"tp_size": 2, "ep_size": 2}  # both ranks see the same tokens
 
@@ -28,14 +27,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every family's tiny model, saved once."""
     found = {}
     for family in zoo.FAMILIES:
-        if family not in RANDOM:
-            found[family] = tmp_path_factory.mktemp(family)
-            save(family).save_pretrained(found[family])
+        found[family] = tmp_path_factory.mktemp(family)
+        build(family).save_pretrained(found[family])
     return found
 
 
-def save(family: str) -> Any:
-    model = zoo.build(family)
+def build(family: str) -> Any:
+    changes = {"num_experts": 6} if family == "flex_olmo" else {}  # five cannot be split in two
+    model = zoo.build(family, **changes)
     naive_routing.spread_corrections(model)
     return model
 
@@ -44,7 +43,7 @@ def assert_equals_sum(results: list[dict[str, Any]], family: str, distinct: list
     """All ranks read the sum of what the ranks in ``distinct`` saw."""
     readings = [RoutingReading.from_dict(result[family]["reading"]) for result in results]
     assert all(reading.as_dict() == readings[0].as_dict() for reading in readings)
-    model, expected = save(family), {}
+    model, expected = build(family), {}
     for rank in distinct:
         mine = results[rank][family]
         masks = [work.batch_of(mine["index"], number)["attention_mask"] for number in range(2)]
@@ -71,14 +70,13 @@ def assert_equals_sum(results: list[dict[str, Any]], family: str, distinct: list
     ("layout", "reentrant", "distinct"),
     [
         (None, None, [0, 1]),
-        (None, False, [0, 1]),
         (FSDP, None, [0, 1]),
         (FSDP, True, [0, 1]),
         (EXPERTS, None, [0, 1]),
         (EXPERTS, False, [0, 1]),
         (SHARED, None, [0]),
     ],
-    ids=["ddp", "ddp-checkpointing", "fsdp2", "fsdp2-reentrant", "ep", "ep-checkpointing", "tp-ep"],
+    ids=["ddp", "fsdp2", "fsdp2-reentrant", "ep", "ep-checkpointing", "tp-ep"],
 )
 def test_two_processes_count_every_token_once(folders, layout, reentrant, distinct):
     results = run_ranks(work.record, 2, folders, layout, reentrant, timeout=500)

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import DynamicCache, StaticCache
 
 from hf_moe_ext import PerftConfig
 from hf_moe_ext.audit.batch import tag_batch
@@ -97,6 +98,43 @@ def test_a_packed_row_has_positions_of_its_own():
         model(input_ids=torch.randint(3, 90, (1, 7)), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     assert events[0].batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert events[0].batch.mask is None
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_positions_go_on_where_a_cache_ends(cache):
+    model, ids = zoo.build("olmoe"), torch.randint(3, 90, (2, 6))
+    past = cache(config=model.config) if cache is DynamicCache else cache(config=model.config, max_cache_len=12)
+    events = []
+    with torch.no_grad(), watch_routing(model, events.append):
+        model(input_ids=ids, past_key_values=past)
+        model(input_ids=ids[:, :2], past_key_values=past)
+    layers = len(events) // 2
+    for event in events[:layers]:
+        assert event.batch.positions.tolist() == [0, 1, 2, 3, 4, 5] * 2
+    for event in events[layers:]:
+        assert event.batch.positions.tolist() == [6, 7] * 2
+        assert event.batch.rows.tolist() == [0, 0, 1, 1]
+
+
+def test_a_decoder_called_past_its_model_and_a_block_past_both():
+    model, batch = zoo.build("olmoe"), zoo.random_batch()
+    events = []
+    with torch.no_grad(), watch_routing(model, events.append):
+        model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        model.model.layers[0].mlp(torch.randn(1, 4, 32))
+    assert torch.equal(events[0].batch.mask, batch["attention_mask"].bool().reshape(-1))
+    assert events[-1].batch.mask is None
+    assert events[-1].batch.positions.tolist() == [-1] * 4
+
+
+def test_a_forward_that_raised_leaves_nothing_for_the_next():
+    model, batch = zoo.build("olmoe"), zoo.random_batch()
+    events = []
+    with torch.no_grad(), watch_routing(model, events.append):
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((1, 3), 10_000))
+        model(**batch)
+    assert torch.equal(events[0].batch.input_ids, batch["input_ids"])
 
 
 @pytest.mark.parametrize("variant", ["R", "E", "D", "S"])

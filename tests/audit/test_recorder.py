@@ -4,15 +4,13 @@ import warnings
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
 
 from hf_moe_ext import PerftConfig, RoutingRecorder, RoutingThresholds, record_router_load
 from hf_moe_ext.audit.batch import tag_batch
 from hf_moe_ext.audit.reading import RoutingReading
 from hf_moe_ext.audit.thresholds import RoutingWarning
-from support import naive_routing, trainers, zoo
+from support import latent_models, naive_routing, zoo
 
 
 def assert_equals_twin(reading, twin, router="base"):
@@ -50,9 +48,7 @@ def test_a_reading_equals_counts_by_hand(family):
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputed_layer_counts_once(family, reentrant):
-    if family == "phimoe":
-        pytest.skip("its router draws at random in training, so that there is no twin of it")
-    model, batch = zoo.build(family).train(), zoo.random_batch()
+    model, batch = naive_routing.train(zoo.build(family)), zoo.random_batch()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     calls = []
@@ -191,96 +187,6 @@ def test_values_that_are_not_finite_are_counted_and_reported():
     assert reading.summary()["routing_invalid_fraction"] == 1.0
 
 
-def make_trainer(model, folder, recorder, data=None, **changes):
-    data = Dataset.from_dict(data or {"input_ids": trainers.rows(12)})
-    return Trainer(
-        model,
-        TrainingArguments(**trainers.arguments(folder, **changes)),
-        train_dataset=data,
-        eval_dataset=data,
-        data_collator=trainers.collate,
-        callbacks=[] if recorder is None else [recorder],
-    )
-
-
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_a_trainer_logs_what_its_steps_routed(tmp_path, checkpointing):
-    model = zoo.build("olmoe")
-    changes = {"max_steps": 2, "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
-    changes |= {"eval_strategy": "steps", "eval_steps": 1}  # which is not counted
-    if checkpointing is not None:
-        changes |= {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": checkpointing},
-        }
-    recorder = RoutingRecorder(model)
-    trainer = make_trainer(model, tmp_path, recorder, **changes)
-    recorder.attach_to(trainer)
-    heard = []
-
-    class Tracker(type(recorder).__mro__[1]):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            heard.append(dict(logs))
-
-    trainer.add_callback(Tracker())
-    with naive_routing.recorded_inputs(model) as seen:
-        trainer.train()
-    rows = trainers.rows(12)
-    masks = [
-        trainers.collate([{"input_ids": row} for row in rows[i : i + 2]])["attention_mask"] for i in range(0, 8, 2)
-    ]
-    expected = int(sum(mask.sum() for mask in masks))
-    reading = recorder.reading()
-    assert [each.tokens for each in reading.routers] == [expected] * 2
-    logged = [line for line in heard if "loss" in line]
-    assert len(logged) == 2
-    assert logged == [
-        {k: v for k, v in line.items() if k != "step"} for line in trainer.state.log_history if "loss" in line
-    ]
-    for line in logged:
-        assert 0 < line["routing_load_max"] <= 1
-        assert 0 < line["routing_load_entropy"] <= 1
-    # Twin: the first step's share of the most loaded expert, by hand.
-    first = {name: calls[:2] for name, calls in seen.items()}
-    twin = naive_routing.count("olmoe", zoo.build("olmoe"), first, masks[:2])
-    largest = max(max(found["counts"]) / sum(found["counts"]) for found in twin.values())
-    assert logged[0]["routing_load_max"] == pytest.approx(largest)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_slices_of_a_column_reach_the_recorder(tmp_path, workers):
-    rows = trainers.rows(12)
-    sources = ["code", "prose", "prose"] * 4
-    model = zoo.build("olmoe")
-    recorder = RoutingRecorder(model, slice_column="source", slices=["code", "maths", "prose"])
-    data = {"input_ids": rows, "source": sources, "note": ["not for the model"] * 12}
-    changes = {"max_steps": 2, "gradient_accumulation_steps": 3, "dataloader_num_workers": workers, "logging_steps": 2}
-    trainer = make_trainer(model, tmp_path, None, data, **changes)
-    recorder.attach_to(trainer)
-    trainer.train()
-    expected = {
-        name: 2 * 3 * sum(len(r) for r, s in zip(rows, sources, strict=True) if s == name) for name in set(sources)
-    }
-    for each in recorder.reading().routers:
-        assert {name: int(counts.sum()) for name, counts in each.slices.items()} == {"maths": 0, **expected} | {
-            name: each.top_k * expected[name] // 6 for name in expected
-        }
-    assert "eval_loss" in trainer.evaluate()  # the column is taken out there too
-
-
-def test_a_removed_column_is_said(tmp_path):
-    model = zoo.build("olmoe")
-    recorder = RoutingRecorder(model, slice_column="source", slices=["a"])
-    trainer = make_trainer(model, tmp_path, recorder, {"input_ids": trainers.rows(6), "source": ["a"] * 6})
-    trainer.data_collator = recorder.collator(trainer.data_collator)
-    with pytest.raises(ValueError, match=r"no column 'source'.*remove_unused_columns=False"):
-        trainer.train()
-    trainer = make_trainer(model, tmp_path, None, {"input_ids": trainers.rows(6), "source": ["b"] * 6})
-    recorder.attach_to(trainer)
-    with pytest.raises(ValueError, match=r"'b' is not among \['a'\]"):
-        trainer.train()
-
-
 def test_thresholds_warn_with_what_to_change():
     model, batch = zoo.build("mixtral"), zoo.random_batch(batch=20)
     recorder = RoutingRecorder(model, thresholds=RoutingThresholds(load_ratio=1.01, tokens_per_expert=10))
@@ -317,3 +223,33 @@ def test_an_error_inside_ends_the_recording():
     with pytest.raises(KeyError), RoutingRecorder(model):
         raise KeyError
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("block", ["ungated", "full", *latent_models.DERS_BLOCKS])
+def test_our_own_blocks_are_read_alike(block):
+    model, batch = latent_models.make_model("olmoe_ext", block), zoo.random_batch()
+    zoo.spread_routers(model)
+    with (
+        torch.no_grad(),
+        naive_routing.recorded_inputs(model) as seen,
+        RoutingRecorder(model, coactivation=True) as recorder,
+    ):
+        model(**batch)
+    twin = naive_routing.count("olmoe", model, seen, [batch["attention_mask"]])
+    # An expert that every token passes is in the stack of a universal DeRS block, and in no count.
+    assert_equals_twin(recorder.reading(), twin)
+
+
+def test_a_compiled_model_is_heard():
+    model, batch = zoo.build("mixtral"), zoo.random_batch()
+    with torch.no_grad(), RoutingRecorder(model) as plain:
+        model(**batch)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), RoutingRecorder(compiled) as recorder:
+        compiled(**batch)
+        compiled(**batch)
+    for one, two in zip(plain.reading().routers, recorder.reading().routers, strict=True):
+        assert two.counts.tolist() == (2 * one.counts).tolist()
+        assert two.entropy == pytest.approx(one.entropy)
+    torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Every form of data set, and tokens with the loss on the answer only."""
+"""Every form of data set, and refusals in the recipe's words."""
 
 import csv
 import gzip
@@ -9,14 +9,7 @@ import pytest
 from datasets import Dataset
 
 from finetune_arguments import UserError, parse_arguments
-from finetune_data import (
-    apply_chat_templates,
-    encode_prompt,
-    encode_row,
-    encode_rows,
-    expand_choices,
-    load_rows,
-)
+from finetune_data import encode_rows, expand_choices, load_rows
 
 ROWS = [{"instruction": f"add {i}", "input": "to one" if i % 2 else "", "output": f"it is {i + 1}"} for i in range(20)]
 
@@ -103,67 +96,10 @@ def test_a_path_that_is_not_there_is_not_sought_on_the_hub() -> None:
         _load("nowhere/rows.jsonl")
 
 
-def test_loss_is_on_the_answer_and_its_end_only(tokenizer) -> None:
-    row = encode_row("read the buffer\n", "it is read", tokenizer, 64)
-    answer = tokenizer("it is read")["input_ids"] + [tokenizer.eos_token_id]
-    assert [label for label in row["labels"] if label != -100] == answer
-    assert tokenizer.decode(row["input_ids"]) == "read the buffer\nit is read<|endoftext|>"
-    plain = encode_row("", "it is read", tokenizer, 64)
-    assert plain["labels"] == plain["input_ids"] == answer
-
-
-def test_too_long_a_prompt_loses_its_left_end(tokenizer) -> None:
-    whole = encode_row("close the window " * 20, "done", tokenizer, 999)
-    cut = encode_row("close the window " * 20, "done", tokenizer, 12)
-    assert len(cut["input_ids"]) == 12
-    assert cut["input_ids"] == whole["input_ids"][-12:]
-    assert cut["labels"] == whole["labels"][-12:]
-    long_answer = encode_row("close", "window " * 50, tokenizer, 10)
-    assert len(long_answer["input_ids"]) == 10
-    assert long_answer["labels"][0] == -100
-
-
-def test_a_beginning_token_survives_the_cut(tokenizer) -> None:
-    prompt = tokenizer.bos_token + "close the window " * 20
-    ids = encode_prompt(prompt, tokenizer, 9)
-    assert len(ids) == 9
-    assert ids[0] == tokenizer.bos_token_id
-
-
 def test_rows_without_an_answer_token_are_refused(tokenizer) -> None:
     rows = Dataset.from_list([{"prompt": "read the buffer", "completion": "x"}])
     with pytest.raises(UserError, match="--max_length 1 "):
         encode_rows(rows, tokenizer, 1, "tokenize")
-
-
-def test_messages_with_and_without_a_chat_template(tokenizer) -> None:
-    import copy
-
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    rows = Dataset.from_list([{"messages": messages}])
-    plain = apply_chat_templates(rows, tokenizer)[0]
-    assert (plain["prompt"], plain["completion"]) == ("user: hi\nassistant: ", "yes")
-    templated = copy.deepcopy(tokenizer)
-    templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    row = apply_chat_templates(rows, templated)[0]
-    assert (row["prompt"], row["completion"]) == ("<user>hi<assistant>", "yes")
-
-
-def test_choices_become_rows() -> None:
-    rows = Dataset.from_list(
-        [
-            {
-                "prompt": "is it?\n\nAnswer format: true/false\n",
-                "completion": "the answer is false",
-                "answer": "false",
-                "choices": None,
-            },
-            {"prompt": "which?", "completion": "b", "answer": "b", "choices": ["a", "b", "c"]},
-        ]
-    )
-    expanded, question_of_row, right = expand_choices(rows)
-    assert expanded["completion"][:] == ["the answer is true", "the answer is false", "a", "b", "c"]
-    assert (question_of_row, right) == ([0, 0, 1, 1, 1], [1, 1])
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pretrain
-from evaluation import RowLosses
 from finetune_arguments import UserError
+from hf_moe_ext.row_losses import RowLosses
 from pretrain_arguments import parse_pretrain_arguments
 from pretrain_data import Texts, pack
 from pretrain_model import build_config, describe_model

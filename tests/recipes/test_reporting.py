@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from evaluation import RowLosses
+from hf_moe_ext.row_losses import RowLosses
 from reporting import compare_losses, draw_load_map, draw_loss_curve, write_metrics, write_results
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from hf_moe_ext.scaling.fit import DegenerateFitWarning, ExtrapolationError, fit
 from hf_moe_ext.scaling.fit_checks import find_outliers, hold_out
-from hf_moe_ext.scaling.fit_forms import FORMS, START_GRID, find_form
+from hf_moe_ext.scaling.fit_forms import FORMS, find_form
 from hf_moe_ext.scaling.fit_intervals import bootstrap
 from hf_moe_ext.scaling.fit_solver import FitSettings, Problem, start_points
+from hf_moe_ext.scaling.law_form import START_GRID
 from hf_moe_ext.scaling.laws import abnar, fine_grained, joint, leverage, routed
 from hf_moe_ext.scaling.runs import RunsError, make_runs
 from support.deepmind_runs import needs_data, standard_runs

@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
@@ -172,21 +173,68 @@ def test_emitted_files_build_the_planned_model(block: str, family: str, tmp_path
         emit_config(one, request, tmp_path / "model")
 
 
-def test_page_in_a_browser(page: str, tmp_path: Path) -> None:
-    """Headless Chromium paints it without network."""
+# A browser asks for updates and lists of its own accord; these flags make it ask for nothing but the page.
+SILENT = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--window-size=1000,4000",
+)  # fmt: skip
+
+
+class _Rendered(HTMLParser):
+    """Text that a reader sees, and the size of every picture as the browser has decoded it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.text = 0, ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden += tag in ("style", "script")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in ("style", "script")
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.hidden else data
+
+
+# Writes what the browser made of the pictures into the page that --dump-dom prints.
+_SIZES = (
+    "<script>addEventListener('load', () => { document.body.dataset.pictures = "
+    "[...document.images].map(i => i.complete ? i.naturalWidth + 'x' + i.naturalHeight : 'broken').join(' ') })</script>"
+)
+
+
+def test_page_in_a_browser(page: str, told: dict[str, Any], tmp_path: Path) -> None:
+    """Headless Chromium, which asks for nothing, shows the recommendation and its costs, and decodes every picture."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no chromium on this machine (Debian: apt install chromium)")
+    assert not re.search(r"""(?:src|href|srcset|url\()\s*=?\s*["']?\s*(?:https?:)?//""", page)
     (tmp_path / "report.html").write_text(page)
+    (tmp_path / "measured.html").write_text(page.replace("</body>", f"{_SIZES}</body>"))
     picture = tmp_path / "report.png"
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--screenshot={picture}",
-        "--window-size=1000,4000",
-    ]
-    done = subprocess.run([*command, f"file://{tmp_path / 'report.html'}"], capture_output=True, text=True, timeout=120)
-    assert picture.exists(), done.stderr
-    assert picture.stat().st_size > 50_000
+
+    def render(*more: str) -> str:
+        command = [browser, *SILENT, f"--user-data-dir={tmp_path / 'profile'}", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    dom = render("--dump-dom", f"file://{tmp_path / 'measured.html'}")
+    seen = _Rendered()
+    seen.feed(dom)
+    text = " ".join(seen.text.split())
+    best = told["recommended"]
+    for sentence in (told["reason"], best["name"], f"{best['run']['total_cost']:,.0f} <EUR> to train"):
+        assert " ".join(sentence.split()) in text
+    (sizes,) = re.findall(r'data-pictures="([^"]*)"', dom)
+    widths = [tuple(map(int, size.split("x"))) for size in sizes.split()]
+    assert len(widths) == len(CAPTIONS)
+    assert all(width > 100 and height > 100 for width, height in widths)
+    render(f"--screenshot={picture}", f"file://{tmp_path / 'report.html'}")
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (4000, 1000)
+    # Printed and drawn on, from top to bottom, and not in one colour.
+    inked = (pixels[..., :3].min(axis=2) < 0.5).any(axis=1)
+    assert all(part.any() for part in inked[:2000].reshape(10, 200))
+    assert len({tuple(colour) for colour in pixels[::7, ::7, :3].reshape(-1, 3).round(2).tolist()}) > 20

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_moe_ext  # noqa: F401  (makes the loaders know our types)
 from hf_moe_ext.scaling import ders_accounting, layer_counts
 from hf_moe_ext.scaling.attention import GroupedAttention, LatentAttention
+from hf_moe_ext.scaling.family_defaults import DEFAULTS
 from hf_moe_ext.scaling.feed_forward import DenseFfn, MoeFfn
-from hf_moe_ext.scaling.hf_config import DEFAULTS
 from hf_moe_ext.scaling.shape import MoeShape
 from support.published_configs import PUBLISHED, PUBLISHED_BILLIONS
 

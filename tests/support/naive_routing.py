@@ -49,6 +49,14 @@ def spread_corrections(model: nn.Module, seed: int = 0) -> None:
                 found.copy_(torch.randn(found.shape, generator=generator) * 0.2)
 
 
+def train(model: nn.Module) -> Any:
+    """Training mode but for the routers: PhiMoE's would choose at random, which nobody can repeat."""
+    model.train()
+    for _, _, router in blocks(model):
+        router.eval()
+    return model
+
+
 @contextmanager
 def recorded_inputs(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Path of the experts -> the rows [tokens, hidden] its router read in each call outside of a backward."""
@@ -137,7 +145,7 @@ def count(
                     for j in chosen:
                         together[i][j] += 1
             per_call.append(calls)
-        means = [sum(column) / len(column) for column in zip(*values, strict=True)]
+        means = [sum(column) / len(column) for column in zip(*values, strict=True)] or [math.nan] * 3
         found[name] = {
             "counts": [together[i][i] for i in range(num_experts)],
             "coactivation": together,

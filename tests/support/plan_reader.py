@@ -307,6 +307,85 @@ class Reader:
         at, dense = (log(saturate(e - 1, 1.847, 314.478)) / log(10) for e in (ratio, 1.0))
         return 10 ** ((-0.082 * size - 0.108 * (at - dense) + 0.009 * size * at) / (-0.082 + 0.009 * dense) - size)
 
+    def law_counts(self, tokens: float) -> dict[str, Json]:
+        """What each law is asked about."""
+        p, total = self.parameters(), float(tokens)
+        ratio = self.E / self.K if self.E else 1.0
+        active, train, forward = p["active"] - p["router"] - p["norms"], self.flops(6, 14), self.flops(2, 2)
+        embeddings = p["input_embedding"] + p["output_embedding"]
+        scores = train["attention_scores"] + train["attention_values"] + train["unembedding"]
+        inner = self.config["intermediate_size"]
+        return {
+            "abnar": {
+                "total_parameters": p["total"], "num_tokens": total, "sparsity": 1 - 1 / ratio,
+                "budget_flops": self.training_flops * total,
+            },
+            "joint": {
+                "active_parameters": active, "num_tokens": total, "num_experts": ratio,
+                "budget_flops": 6 * active * total, "tokens_per_parameter": total / active,
+            },
+            "fine_grained": {
+                "total_parameters": p["total"] - embeddings, "num_tokens": total, "expansion": ratio,
+                "granularity": 8 / 3 * self.d / inner if self.E else 1.0,
+                "budget_flops": (self.training_flops - scores) * total,
+            },
+            "leverage": {
+                "activation_ratio": 1 / ratio, "granularity": 2 * self.d / inner if self.E else 2.0,
+                "budget_flops": (sum(forward.values()) - forward["unembedding"]) * total,
+            },
+            "routed": {"dense_parameters": p["active"] - embeddings - p["router"], "num_experts": ratio},
+            "kimi": {"expert_ratio": ratio},
+        }  # fmt: skip
+
+    def law_details(self, tokens: float) -> dict[str, Json]:
+        """The numbers behind the multipliers."""
+        asked, dense = self.law_counts(tokens), self.equivalent_budgets(tokens)
+        a, j, r = asked["abnar"], asked["joint"], asked["routed"]
+        abnar = abnar_loss(a["total_parameters"], a["num_tokens"], a["sparsity"])
+        joint = joint_loss(j["active_parameters"], j["num_tokens"], j["num_experts"])
+        size, e = log(r["dense_parameters"]) / log(10), log(saturate(r["num_experts"] - 1, 1.847, 314.478)) / log(10)
+        return {
+            "abnar": {"loss": abnar, "dense_budget_flops": dense["abnar"]},
+            "joint": {"loss": joint, "dense_budget_flops": dense["joint"]},
+            "leverage": asked["leverage"],
+            "routed": {
+                "loss": 10 ** (-0.082 * size - 0.108 * e + 0.009 * size * e + 1.104),
+                "effective_parameters": self.routed_multiplier() * r["dense_parameters"],
+            },
+        }
+
+    def laws_in_range(self, tokens: float) -> int:
+        """Of the three that rank, by the ranges and the artefact of the specification; standard and dense blocks."""
+        asked = self.law_counts(tokens)
+        a, j, lever = asked["abnar"], asked["joint"], asked["leverage"]
+        lowest = 1 - (17.26 * 0.1603 / (0.4598 * 0.1666 * a["total_parameters"] ** 0.1595)) ** (1 / (0.1603 + 0.1666))
+        multiplier = self.equivalent_budgets(tokens)["leverage"] / lever["budget_flops"]
+        return sum(
+            (
+                3e19 <= a["budget_flops"] <= 1e21 and 1e8 <= a["total_parameters"] <= 1e10
+                and max(0, lowest) <= a["sparsity"] <= 0.95,
+                j["active_parameters"] <= 2.7e9 and j["num_experts"] <= 32 and 1 <= j["tokens_per_parameter"] <= 400,
+                3e18 <= lever["budget_flops"] <= 3e20 and multiplier <= 6,
+            )
+        )  # fmt: skip
+
+    def row(self) -> Json:
+        """Of the table of plans."""
+        p, request, time, run = self.parameters(), self.request, self.time(), self.run()
+        serving = self.serving() if request["inference"] else {"gpu_hours_per_million": None, "cost_per_million": None}
+        return {
+            "sparsity": 1 - self.K / self.E if self.E else 0.0, "total_parameters": p["total"],
+            "active_parameters": p["active"], "num_tokens": run["num_tokens"],
+            "training_flops": self.training_flops * run["num_tokens"], "memory_bytes": self.memory()["total"],
+            "step_s": time["total"], "all_to_all_share": time["all_to_all"] / time["total"],
+            "gpu_hours": run["gpu_hours"], "hours": run["hours"], "cost": run["total_cost"],
+            "serving_gpu_hours_per_million": serving["gpu_hours_per_million"],
+            "serving_cost_per_million": serving["cost_per_million"], "expert_ranks": self.layout["expert"],
+            "zero": self.layout["zero"], "micro_batches": self.m,
+            "micro_batch_sequences": self.step["tokens"]["num_sequences"],
+            "laws_in_range": self.laws_in_range(run["num_tokens"]),
+        }  # fmt: skip
+
 
 def saturate(x: float, start: float, limit: float) -> float:
     return 1 / (1 / (x + 1 / (1 / start - 1 / limit)) + 1 / limit)

@@ -17,7 +17,7 @@ LAWS: dict[str, Law] = {
     law.card.name: law for law in (AbnarLaw(), JointLaw(), FineGrainedLaw(), LeverageLaw(), RoutedLaw(), KimiLaw())
 }
 
-__all__ = ["LAWS", "Answer", "Counts", "FittedRange", "Flag", "Law", "LawCard", "ask", "find_law", "spread"]
+__all__ = ["LAWS", "Answer", "Counts", "FittedRange", "Flag", "Law", "LawCard", "add_law", "ask", "find_law", "spread"]
 
 
 def find_law(name: str) -> Law:
@@ -29,6 +29,19 @@ def find_law(name: str) -> Law:
     if name not in LAWS:
         raise ValueError(f"law must be one of {', '.join(LAWS)}, got {name!r}")
     return LAWS[name]
+
+
+def add_law(own: Law | None) -> dict[str, Law]:
+    """The published laws and one more.
+
+    Raises:
+        ValueError: it is called as one of them.
+    """
+    if own is None:
+        return LAWS
+    if own.card.name in LAWS:
+        raise ValueError(f"law {own.card.name!r} is a published one's name; known: {', '.join(LAWS)}. Rename the file")
+    return {**LAWS, own.card.name: own}
 
 
 def ask(shape: MoeShape, num_tokens: float, context_length: int | None = None) -> dict[str, Answer]:

@@ -13,7 +13,6 @@ from math import log10
 from typing import Any, Literal
 
 from hf_moe_ext.scaling.laws.card import (
-    MULTIPLIER,
     OPTIMAL_SPARSITY,
     TOKENS_PER_ACTIVE,
     Answer,
@@ -207,11 +206,9 @@ class AbnarLaw(Law):
 
     def compute_multiplier(self, counts: Counts) -> Answer:
         """Against the compute-optimal dense ``IdealLayout`` of equal loss."""
-        flags = self.check(counts)
-        value = loss(counts["total_parameters"], counts["num_tokens"], counts["sparsity"])
-        dense = dense_budget(value)
-        details = {"loss": value, "dense_budget_flops": dense}
-        return Answer(self.card.name, MULTIPLIER, dense / counts["budget_flops"], flags, details)
+        return self.compare_with_dense(
+            counts, lambda own: loss(own["total_parameters"], own["num_tokens"], own["sparsity"]), dense_budget
+        )
 
     def tokens_per_active_parameter(self, budget_flops: float, expert_ratio: float) -> Answer:
         """D* / N_a* of the ``IdealLayout`` at this budget."""

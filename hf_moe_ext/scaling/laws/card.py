@@ -5,15 +5,15 @@ is dimensionless, and carries the reasons why it should not be believed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_moe_ext.scaling.shape import MoeShape
 
 # "paper": its text was read. "two secondary": two independent secondary sources agree. "one secondary": one, unverified.
-# "inferred": a constant or convention was worked out here because none is printed.
-Provenance = Literal["paper", "two secondary", "one secondary", "inferred"]
+# "inferred": a constant or convention was worked out here because none is printed. "own runs": the user's fit.
+Provenance = Literal["paper", "two secondary", "one secondary", "inferred", "own runs"]
 FlagKind = Literal["outside_range", "artefact", "not_covered", "inferred", "caution"]
 
 
@@ -144,6 +144,24 @@ class Law(ABC):
     def optimal_sparsity(self, total_parameters: float, budget_flops: float) -> Answer:
         """S that minimises the loss at fixed total parameters and budget; no value where the law cannot tell."""
         return Answer(self.card.name, OPTIMAL_SPARSITY, None, (self._silent("total parameters at a fixed budget"),))
+
+    def compare_with_dense(
+        self, counts: Counts, loss: Callable[[Counts], float], dense_budget: Callable[[float], float]
+    ) -> Answer:
+        """The compute multiplier of a law that knows losses.
+
+        Args:
+            counts: of the shape, with ``budget_flops``.
+            loss: of such counts.
+            dense_budget: loss -> FLOPs at which the compute-optimal dense model has it.
+
+        Raises:
+            ValueError: counts of another law.
+        """
+        flags, value = self.check(counts), loss(counts)
+        dense = dense_budget(value)
+        details = {"loss": value, "dense_budget_flops": dense}
+        return Answer(self.card.name, MULTIPLIER, dense / counts["budget_flops"], flags, details)
 
     def check(self, counts: Counts) -> tuple[Flag, ...]:
         """Flags of the shape and of every variable outside its fitted range.

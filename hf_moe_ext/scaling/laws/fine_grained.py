@@ -133,10 +133,9 @@ class FineGrainedLaw(Law):
         flags = self.check(counts)
         if abs(counts["expansion"] / EXPANSION - 1) > 1e-9:
             return Answer(self.card.name, MULTIPLIER, None, flags)
-        value = loss(counts["total_parameters"], counts["num_tokens"], counts["granularity"])
-        dense = dense_budget(value)
-        details = {"loss": value, "dense_budget_flops": dense}
-        return Answer(self.card.name, MULTIPLIER, dense / counts["budget_flops"], flags, details)
+        return self.compare_with_dense(
+            counts, lambda own: loss(own["total_parameters"], own["num_tokens"], own["granularity"]), dense_budget
+        )
 
     def tokens_per_active_parameter(self, budget_flops: float, expert_ratio: float) -> Answer:
         """D* / N_a* at the best granularity, N_a = 12 d^2 n; only for E / K = 64."""

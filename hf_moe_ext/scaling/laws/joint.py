@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from hf_moe_ext.scaling.laws.card import (
-    MULTIPLIER,
     OPTIMAL_SPARSITY,
     TOKENS_PER_ACTIVE,
     Answer,
@@ -216,11 +215,11 @@ class JointLaw(Law):
 
     def compute_multiplier(self, counts: Counts) -> Answer:
         """Against the compute-optimal dense model of equal loss."""
-        flags = self.check(counts)
-        value = float(loss(counts["active_parameters"], counts["num_tokens"], counts["num_experts"]))
-        dense = dense_budget(value)
-        details = {"loss": value, "dense_budget_flops": dense}
-        return Answer(self.card.name, MULTIPLIER, dense / counts["budget_flops"], flags, details)
+        return self.compare_with_dense(
+            counts,
+            lambda own: float(loss(own["active_parameters"], own["num_tokens"], own["num_experts"])),
+            dense_budget,
+        )
 
     def tokens_per_active_parameter(self, budget_flops: float, expert_ratio: float) -> Answer:
         """D* / N_act*."""

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import RowLosses, choose_answers, generate_answers, sum_answer_nats
-from finetune_arguments import ModelArguments
-from finetune_model import load_model, load_tokenizer
+from hf_moe_ext.row_losses import RowLosses, choose_answers, generate_answers, sum_answer_nats
+from support import words, zoo
 
 
 def test_row_sums_equal_a_loop() -> None:
@@ -32,9 +31,8 @@ def test_most_likely_choice_wins_and_ties_go_to_the_first() -> None:
     assert choose_answers(losses, [0, 0, 1, 1, 1]) == {0: 1, 1: 0}
 
 
-def test_batched_generation_equals_one_by_one(olmoe_dir) -> None:
-    arguments = ModelArguments(model_name_or_path=str(olmoe_dir))
-    model, tokenizer = load_model(arguments, str(olmoe_dir)), load_tokenizer(arguments, str(olmoe_dir))
-    prompts = [tokenizer(text)["input_ids"] for text in ("read the buffer", "close", "count the open windows now")]
+def test_batched_generation_equals_one_by_one() -> None:
+    model, tokenizer = zoo.build("olmoe"), words.build_tokenizer()
+    prompts = [tokenizer(text)["input_ids"] for text in ("w3 w4 w5", "w6", "w7 w8 w9 w10 w11")]
     together = generate_answers(model, tokenizer, prompts, max_new_tokens=5, batch_size=2)
     assert together == [generate_answers(model, tokenizer, [prompt], max_new_tokens=5)[0] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""What is measured on held-out rows: loss per row, text the model writes, accuracy among answer choices.
+"""Measures on held-out rows: loss per row, text the model writes, the most likely of several answers.
 
 Losses go through `Trainer.predict`, so that sharding, mixed precision and several processes are Trainer's business.
 """
