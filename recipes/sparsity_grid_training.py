@@ -15,9 +15,9 @@ from typing import Any
 
 import datasets
 import torch
-from evaluation import measure_losses
 
 from finetune_arguments import UserError
+from hf_moe_ext.row_losses import measure_losses
 from hf_moe_ext.scaling.exchange import Exchange, expect_sent, layer_bytes
 from hf_moe_ext.scaling.layout import Layout
 from hf_moe_ext.scaling.memory import TrainingStep, training_memory

@@ -32,7 +32,7 @@ def test_public_names_resolve_and_unknown_ones_are_named():
     error = _run(
         "import hf_moe_ext\ntry: hf_moe_ext.Nonsense\nexcept AttributeError as e: print(e)",
     )
-    assert "no attribute 'Nonsense'; public names: MixtralExtConfig, " in error
+    assert "no attribute 'Nonsense'; public names: AuditLog, " in error
 
 
 IMPORTS = {
