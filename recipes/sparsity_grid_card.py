@@ -132,7 +132,7 @@ def _render_sizes(results: Mapping[str, Any]) -> str:
     lines = [
         "## Loss at fixed C, N free\n",
         "Lowest mean loss over the sizes of the grid, and that size; * where it is the smallest or largest of the grid, so the "
-        "true one may lie beyond.\n",
+        "true one may lie beyond; - where a size or a seed is missing.\n",
         "| C | " + " | ".join(f"S = {s:g}" for s in sparsities) + " |",
         "|---:|" + "---:|" * len(sparsities),
     ]
@@ -174,7 +174,8 @@ def _render_fit(fit: Mapping[str, Any]) -> str:
         f"## Fit: {fit['form']}\n",
         f"`{fit['command']}`\n",
         f"{fit['formula']}: {fit['num_runs']} runs, {fit['num_parameters']} parameters, {fit['degrees_of_freedom']} degrees of "
-        f"freedom, RMSE {fit['rmse']:.4f} nats per byte.\n",
+        f"freedom, RMSE {fit['rmse']:.4f} nats per byte. It predicts inside its runs; a coefficient under a warning means nothing "
+        "by itself.\n",
         f"| coefficient | value | {fit['level']:.0%} of {fit['num_resamples']} refits |",
         "|---|---:|---|",
         *(
@@ -193,7 +194,7 @@ def _render_fit(fit: Mapping[str, Any]) -> str:
                 f"{fit['level']:.0%} interval covers {held['covered']:.0%} of them."
             )
     lines.append(f"- Outliers (Bonferroni, 5 %): {len(fit['outliers'])}.")
-    lines += [f"- Degenerate: {message}." for message in fit["warnings"]]
+    lines += [f"- Warning: {message}." for message in fit["warnings"]]
     return "\n".join(lines) + "\n"
 
 
