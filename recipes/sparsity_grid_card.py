@@ -52,7 +52,7 @@ def _describe_setup(results: Mapping[str, Any]) -> str:
         f"decay over the last {1 - s['stable_until']:.0%}. µP carries one learning rate over the widths; it was chosen per "
         f"number of experts at N = {search['total_parameters']:,.0f}, C = {search['budget_flops']:g} with a seed of its own: "
         f"{rates}. Loss: nats per byte without the load-balance loss, on {s['num_held_out_rows']} rows of modules of Python's "
-        f"standard library that no run trains on. {len(runs)} runs, {results['seconds'] / 3600:.1f} core hours."
+        f"standard library that no run trains on. {len(runs)} runs, {results['seconds'] / 3600:.1f} hours of one process."
     )
 
 
