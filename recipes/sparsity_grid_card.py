@@ -52,7 +52,7 @@ def _describe_setup(results: Mapping[str, Any]) -> str:
         f"decay over the last {1 - s['stable_until']:.0%}. µP carries one learning rate over the widths; it was chosen per "
         f"number of experts at N = {search['total_parameters']:,.0f}, C = {search['budget_flops']:g} with a seed of its own: "
         f"{rates}. Loss: nats per byte without the load-balance loss, on {s['num_held_out_rows']} rows of modules of Python's "
-        f"standard library that no run trains on. {len(runs)} runs, {results['seconds'] / 3600:.1f} core hours."
+        f"standard library that no run trains on. {len(runs)} runs, {results['seconds'] / 3600:.1f} hours of one process."
     )
 
 
@@ -132,7 +132,7 @@ def _render_sizes(results: Mapping[str, Any]) -> str:
     lines = [
         "## Loss at fixed C, N free\n",
         "Lowest mean loss over the sizes of the grid, and that size; * where it is the smallest or largest of the grid, so the "
-        "true one may lie beyond.\n",
+        "true one may lie beyond; - where a size or a seed is missing.\n",
         "| C | " + " | ".join(f"S = {s:g}" for s in sparsities) + " |",
         "|---:|" + "---:|" * len(sparsities),
     ]
@@ -174,7 +174,8 @@ def _render_fit(fit: Mapping[str, Any]) -> str:
         f"## Fit: {fit['form']}\n",
         f"`{fit['command']}`\n",
         f"{fit['formula']}: {fit['num_runs']} runs, {fit['num_parameters']} parameters, {fit['degrees_of_freedom']} degrees of "
-        f"freedom, RMSE {fit['rmse']:.4f} nats per byte.\n",
+        f"freedom, RMSE {fit['rmse']:.4f} nats per byte. It predicts inside its runs; a coefficient under a warning means nothing "
+        "by itself.\n",
         f"| coefficient | value | {fit['level']:.0%} of {fit['num_resamples']} refits |",
         "|---|---:|---|",
         *(
@@ -193,7 +194,7 @@ def _render_fit(fit: Mapping[str, Any]) -> str:
                 f"{fit['level']:.0%} interval covers {held['covered']:.0%} of them."
             )
     lines.append(f"- Outliers (Bonferroni, 5 %): {len(fit['outliers'])}.")
-    lines += [f"- Degenerate: {message}." for message in fit["warnings"]]
+    lines += [f"- Warning: {message}." for message in fit["warnings"]]
     return "\n".join(lines) + "\n"
 
 

@@ -88,6 +88,9 @@ def describe_surface(runs: Sequence[Run], budget: float) -> dict[str, Any]:
     """IsoFLOP surface of one budget: its error, and S* at each nominal size, of all runs and of each seed by itself."""
     chosen = [run for run in runs if run["budget_flops"] == budget]
     told: dict[str, Any] = {"budget_flops": budget, "num_runs": len(chosen)}
+    lacking = len(_pairs(runs)) - len(_pairs(chosen))
+    if lacking:
+        return told | {"refused": f"unfinished: {lacking} pairs of size and sparsity have no run"}
     try:
         surface = _fit(chosen)
     except ValueError as error:
@@ -115,17 +118,21 @@ def describe_surface(runs: Sequence[Run], budget: float) -> dict[str, Any]:
     return told
 
 
+def _pairs(runs: Iterable[Run]) -> set[tuple[float, float]]:
+    return {(run["nominal_parameters"], run["sparsity"]) for run in runs}
+
+
 def _fit(runs: Sequence[Run]) -> Any:
     return fit_surface(*([run[name] for run in runs] for name in ("total_parameters", "sparsity", "loss")))
 
 
 def find_best_sizes(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Per budget and sparsity that have every size: the one of the lowest mean loss, and whether it is an end of the grid."""
-    told, sizes = [], list(nominal_sizes(runs))
+    """Per budget and sparsity with every size and seed: the size of the lowest mean loss, and whether it is an end of the grid."""
+    told, sizes, num_seeds = [], list(nominal_sizes(runs)), len(_values(runs, "seed"))
     for budget in _values(runs, "budget_flops"):
         for sparsity in _values(runs, "sparsity"):
             groups = nominal_sizes(r for r in runs if r["budget_flops"] == budget and r["sparsity"] == sparsity)
-            if list(groups) != sizes:
+            if list(groups) != sizes or any(len(group) < num_seeds for group in groups.values()):
                 continue
             losses = {size: [run["loss"] for run in group] for size, group in groups.items()}
             best = min(losses, key=lambda size: statistics.mean(losses[size]))
