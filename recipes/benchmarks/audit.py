@@ -4,11 +4,13 @@
 
 A method's model is trained with and without a recorder, turn about, in one process with one optimizer: in each round each
 side has one visit, in an order drawn anew, of ``--steps`` steps; the recorder's visit ends with a reading, as a Trainer
-with ``logging_steps`` would make one. The medians of rounds are compared as ratios within the round. The numbers of a
-preset replace or join those in the card folder.
+with ``logging_steps`` would make one. The medians of rounds are compared as ratios within the round. A few percent of a
+step drown where other programs run; so on a CPU the share of a step's processor time that passes inside the recorder's own
+hooks is taken too, by the profiler. The numbers of a preset replace or join those in the card folder.
 """
 
 import argparse
+import cProfile
 import dataclasses
 import json
 import random
@@ -80,6 +82,9 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
         model = attach(base, METHODS[name], choose_rank(METHODS[name], shape, 16))
         visits = take_turns(model, batch, shape.device, options)
         methods[name] = summarize(visits, shape.device)
+        if shape.device == "cpu":
+            for recorder, share in measure_share(model, batch, options.steps).items():
+                methods[name]["recorders"][recorder]["own_share"] = share
         print(f"{name}: {methods[name]}", flush=True)
     return {
         "command": shlex.join(["python", "recipes/benchmarks/audit.py", *sys.argv[1:]]),
@@ -124,6 +129,30 @@ def visit(step: Step, recorder: RoutingRecorder | None, count: int, device: str)
             recorder.reading().summary()
         _synchronize(device)
         return (time.perf_counter() - wall) / count, (time.process_time() - processor) / count
+
+
+def measure_share(model: nn.Module, batch: dict[str, torch.Tensor], count: int) -> dict[str, dict[str, float]]:
+    """Recorder -> quartiles over steps of the share of a step's processor time inside the recorder's hooks."""
+    shares: dict[str, dict[str, float]] = {}
+    with training_step(model, batch) as (step, _):
+        for name, settings in RECORDERS.items():
+            with RoutingRecorder(model, thresholds=None, **settings):
+                step()
+                shares[name] = quartiles([profile_share(step) for _ in range(count)])
+    return shares
+
+
+def profile_share(step: Step) -> float:
+    """Processor time inside the audit's hooks over that of the whole step."""
+    profile, start = cProfile.Profile(time.process_time), time.process_time()
+    profile.runcall(step)
+    total = time.process_time() - start
+    own = 0.0
+    for each in profile.getstats():
+        code = each.code
+        if not isinstance(code, str) and Path(code.co_filename).name == "hooks.py" and code.co_name == "__call__":
+            own += each.totaltime
+    return own / total
 
 
 def summarize(visits: dict[str, list[tuple[float, float]]], device: str) -> dict[str, Any]:

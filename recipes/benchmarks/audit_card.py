@@ -19,8 +19,8 @@ _RUN = """
 {intermediate_size}, top {top_k}, {num_hidden_layers} layers, vocabulary {vocab_size}, {dtype}; {batch_size} x {length} tokens.
 {rounds} rounds, {steps} steps and one reading per visit, seed {seed}: `{command}`
 
-| method | step, s | recorder | step over plain | processor time over plain | added, ms |
-|---|---:|---|---:|---:|---:|
+| method | step, s | recorder | step over plain | processor time over plain | added, ms | share of processor time in the hooks |
+|---|---:|---|---:|---:|---:|---:|
 """
 
 
@@ -38,9 +38,12 @@ def _render_run(name: str, run: dict[str, Any]) -> str:
     for method, found in run["methods"].items():
         for recorder, values in found["recorders"].items():
             processor = _show(values["processor_ratio"], 3) if "processor_ratio" in values else ""
+            share = (
+                _show({k: 100 * v for k, v in values["own_share"].items()}, 2) + " %" if "own_share" in values else ""
+            )
             lines.append(
                 f"| {method} | {found['step_seconds']:.3f} | {recorder} | {_show(values['ratio'], 3)} | {processor} "
-                f"| {_show(values['added_ms'], 1)} |\n"
+                f"| {_show(values['added_ms'], 1)} | {share} |\n"
             )
     return "".join([*lines, "\n", *(f"- {line}\n" for line in judge_run(run))])
 
@@ -53,7 +56,9 @@ def judge_run(run: dict[str, Any]) -> list[str]:
         met = "met" if ratio["median"] <= TARGET else "not met"
         undecided = ratio["low"] <= TARGET < ratio["high"]
         doubt = " (not decided: the quartiles lie on both sides)" if undecided else ""
-        lines.append(f"{method}: target {met}, {ratio['median']:.3f} of the plain step{doubt}.")
+        share = found["recorders"]["recorder"].get("own_share")
+        own = "" if share is None else f" Its hooks take {100 * share['median']:.2f} % of the step's processor time."
+        lines.append(f"{method}: target {met}, {ratio['median']:.3f} of the plain step{doubt}.{own}")
     return lines
 
 

@@ -51,7 +51,13 @@ def test_the_benchmark_runs_and_its_card_is_rendered_from_its_numbers(
         assert list(method["recorders"]) == list(script.RECORDERS)
         for found in method["recorders"].values():
             assert found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
+            assert 0 < found["own_share"]["median"] < 1
     assert "target" in capsys.readouterr().out
+
+
+def test_the_committed_card_is_rendered_from_the_committed_numbers():
+    results = json.loads((CARDS / "routing-audit.json").read_text())
+    assert (CARDS / "routing-audit.md").read_text() == audit_card.render_card(results)
 
 
 def test_a_visit_records_its_steps_only(script):
