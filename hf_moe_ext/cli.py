@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 
 import hf_moe_ext
-from hf_moe_ext.commands import compress, cost_model, delta, diagnosis, fold, mup, plan, run, to_dcca, traffic, upcycle
+from hf_moe_ext.commands import (
+    compress,
+    cost_model,
+    delta,
+    diagnosis,
+    fold,
+    mup,
+    pilot,
+    plan,
+    run,
+    to_dcca,
+    traffic,
+    upcycle,
+)
 
 # Under `recipes/finetune.py` the same settings are written with underscores; both spellings work here.
 _UNDERSCORES_TOO = {"token_normalize_func": lambda token: token.replace("_", "-")}
@@ -65,6 +78,7 @@ app.command("upcycle", short_help="Make a dense checkpoint a Mixture-of-Experts 
     upcycle.upcycle_checkpoint
 )
 app.command("plan", short_help="How many experts at this budget, on this hardware.")(plan.plan_sparsity)
+app.command("pilot", short_help="Compare methods on your own rows; one recommendation.")(pilot.run_pilot_command)
 app.command("measure-hardware", short_help="Time this machine; a row for the cost model.")(
     cost_model.measure_hardware_row
 )
