@@ -83,9 +83,10 @@ def run_pilot_command(
     Exit code: 0 finished, 1 every trained candidate failed, 2 refused or out of disk space, 130 stopped.
     """
     with refusal_of("pilot", (*BAD_INPUT, RuntimeError)):
-        from hf_moe_ext.pilot import PilotRequest, run_pilot
+        from hf_moe_ext.pilot import PilotRequest
         from hf_moe_ext.pilot.progress import Progress
         from hf_moe_ext.pilot.report import format_answer, write_reports
+        from hf_moe_ext.pilot.run import run_pilot
 
         request = PilotRequest(
             model, data, held_out, budget_minutes, processes, threads, seed, seeds, tuple(candidates or ()),

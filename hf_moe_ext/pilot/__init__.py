@@ -15,6 +15,5 @@ recommended, or the answer is that no difference was shown.
 """
 
 from hf_moe_ext.pilot.request import PilotRequest
-from hf_moe_ext.pilot.run import run_pilot
 
-__all__ = ["PilotRequest", "run_pilot"]
+__all__ = ["PilotRequest"]

@@ -1,7 +1,4 @@
-"""One arm: a process of its own that trains one candidate with one rate and one seed, measures, and writes one JSON.
-
-python -m hf_moe_ext.pilot.arm SPEC.json RESULT.json PARENT_PROCESS
-"""
+"""One arm: a process of its own that trains one candidate with one rate and one seed, measures, and writes one JSON."""
 
 import math
 import os
@@ -19,9 +16,17 @@ DONE, FAILED = "done", "failed"
 NO_SPACE_CODE = 28  # of the process that found the disk full
 
 
-def main() -> int:
-    """Run the arm of a file; a failure of the arm is a result too."""
-    spec_path, result_path, parent = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def serve_arm(spec_path: Path, result_path: Path, parent: int) -> int:
+    """Run the arm of a file; a failure of the arm is a result too.
+
+    Args:
+        spec_path: JSON of the arm.
+        result_path: Gets its result.
+        parent: Process that started it; the arm ends when that one does.
+
+    Returns:
+        The exit code of its process.
+    """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     spec = read_json(spec_path)
     try:
@@ -125,7 +130,3 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

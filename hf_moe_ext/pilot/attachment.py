@@ -23,7 +23,8 @@ def load_base(path: str, dtype: str) -> PreTrainedModel:
     """The model of an arm, where it will run."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model.config.use_cache = False  # training has no use for it; `generate` asks for it itself
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+    device = torch.accelerator.current_accelerator()
+    return model if device is None else model.to(device)  # type: ignore[arg-type]  # Transformers wraps `to` untyped
 
 
 def attach(model: PreTrainedModel, candidate: Candidate, rows: Dataset, collator: DataCollatorForSeq2Seq) -> nn.Module:
@@ -67,6 +68,7 @@ def build_config(
         settings["expert_ids"] = choose_experts_to_adapt(model, batches, fraction)
     if candidate.router == "frozen":
         settings["router_aux_loss_coef"] = 0.0
+    assert candidate.variant is not None
     return PerftConfig(task_type="CAUSAL_LM", variant=candidate.variant, r=rank, lora_alpha=2 * rank, **settings)
 
 

@@ -1,17 +1,14 @@
-"""Arms as processes: so many at a time, finished ones kept, all of them ended with the pilot."""
+"""Arms side by side: so many at a time, finished ones kept, all of them ended with the pilot."""
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from hf_moe_ext.pilot.arm import FAILED, NO_SPACE_CODE
+from hf_moe_ext.pilot.arm_server import ArmServer
 from hf_moe_ext.pilot.folder import ARMS, NoSpaceError, read_json, write_json
 
-POLL_SECONDS = 0.1
 LOG_LINES = 3
 
 Spec = dict[str, Any]
@@ -22,7 +19,11 @@ class Pool(Protocol):
     """Something that runs arms."""
 
     def run(self, specs: Sequence[Spec], on_done: Callable[[Result], None]) -> dict[str, Result]:
-        """Results by arm; those that are on disk already are not run again."""
+        """Results by arm, in the order of the specs; those that are on disk already are not run again."""
+        ...
+
+    def close(self) -> None:
+        """End whatever runs."""
         ...
 
 
@@ -44,15 +45,18 @@ class ProcessPool:
 
     def __init__(self, folder: Path, processes: int, threads: int, limit_s: float) -> None:
         self.folder, self.processes, self.threads, self.limit_s = folder, processes, threads, limit_s
+        self.arms = folder / ARMS
+        self.server: ArmServer | None = None
 
     def run(self, specs: Sequence[Spec], on_done: Callable[[Result], None]) -> dict[str, Result]:
         """Run the arms, several at a time.
 
         Raises:
             NoSpaceError: The disk is full; arms that were finished are kept.
+            RuntimeError: No arm can be started.
         """
         results: dict[str, Result] = {}
-        waiting = []
+        waiting: list[Spec] = []
         for spec in specs:
             known = read_result(self.folder, spec)
             if known is None:
@@ -60,72 +64,54 @@ class ProcessPool:
             else:
                 results[spec["id"]] = known
                 on_done(known)
-        running: list[_Running] = []
-        try:
-            while waiting or running:
-                while waiting and len(running) < self.processes:
-                    running.append(_Running(self.folder, waiting.pop(0), self.threads))
-                for arm in [arm for arm in running if arm.has_ended(self.limit_s)]:
-                    running.remove(arm)
-                    results[arm.spec["id"]] = result = arm.result()
-                    on_done(result)
-                time.sleep(POLL_SECONDS)
-        finally:  # also on Ctrl-C and SIGTERM
-            for arm in running:
-                arm.end()
-        return results
+        running: dict[str, tuple[Spec, float]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.processes:
+                spec = waiting.pop(0)
+                self._start(spec)
+                running[spec["id"]] = (spec, time.monotonic())
+            assert self.server is not None
+            for event in self.server.events():
+                spec, began = running.pop(event["ended"])
+                results[spec["id"]] = result = self._result(spec, event["code"], time.monotonic() - began)
+                on_done(result)
+            for name, (_, began) in running.items():
+                if time.monotonic() - began > self.limit_s:
+                    self.server.tell(kill=name)
+        return {spec["id"]: results[spec["id"]] for spec in specs}
 
+    def close(self) -> None:
+        """End the arms that run, and what starts them."""
+        if self.server is not None:
+            self.server.close()
+            self.server = None
 
-class _Running:
-    """One arm under way."""
+    def _start(self, spec: Spec) -> None:
+        name = spec["id"]
+        write_json(self.arms / f"{name}.spec.json", spec)
+        (self.arms / f"{name}.json").unlink(missing_ok=True)
+        if self.server is None:
+            self.server = ArmServer(self.threads, self.arms / "server.log")
+        paths = {"spec": f"{name}.spec.json", "result": f"{name}.json", "log": f"{name}.log"}
+        self.server.tell(start=name, **{key: str(self.arms / file) for key, file in paths.items()})
 
-    def __init__(self, folder: Path, spec: Spec, threads: int) -> None:
-        arms = folder / ARMS
-        self.spec, self.path, self.log = spec, arms / f"{spec['id']}.json", arms / f"{spec['id']}.log"
-        self.began, self.too_slow = time.monotonic(), False
-        spec_path = arms / f"{spec['id']}.spec.json"
-        write_json(spec_path, spec)
-        self.path.unlink(missing_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "hf_moe_ext.pilot.arm", str(spec_path), str(self.path), str(os.getpid())],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the pilot alone, which ends its arms
-            )
-
-    def has_ended(self, limit_s: float) -> bool:
-        """Whether it has; one that takes too long is ended."""
-        if self.process.poll() is None and time.monotonic() - self.began > limit_s:
-            self.too_slow = True
-            self.end()
-        return self.process.poll() is not None
-
-    def end(self) -> None:
-        """Kill it and wait until it is gone."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-    def result(self) -> Result:
-        """What it wrote; a failure, written here, where it wrote nothing.
+    def _result(self, spec: Spec, code: int, seconds: float) -> Result:
+        """What an arm wrote; a failure, written here, where it wrote nothing.
 
         Raises:
             NoSpaceError: It found the disk full.
         """
-        if self.process.returncode == NO_SPACE_CODE:
-            raise NoSpaceError(NO_SPACE_CODE, self._last_lines())
-        result: Result | None = read_json(self.path)
+        if code == NO_SPACE_CODE:
+            raise NoSpaceError(NO_SPACE_CODE, self._last_lines(spec))
+        path = self.arms / f"{spec['id']}.json"
+        result: Result | None = read_json(path)
         if result is None:
-            why = "it took longer than the whole budget" if self.too_slow else self._last_lines() or "it wrote nothing"
-            reason = f"its process ended with code {self.process.returncode}: {why}"
-            result = {"spec": self.spec, "status": FAILED, "reason": reason}
-            write_json(self.path, result)
+            why = "it took longer than the whole budget" if seconds > self.limit_s else self._last_lines(spec)
+            result = {"spec": spec, "status": FAILED, "reason": f"its process ended with code {code}: {why}"}
+            write_json(path, result)
         return result
 
-    def _last_lines(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return " ".join(line.strip() for line in [line for line in lines if line.strip()][-LOG_LINES:])[:400]
+    def _last_lines(self, spec: Spec) -> str:
+        text = (self.arms / f"{spec['id']}.log").read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        return " ".join(lines[-LOG_LINES:])[:400] or "it wrote nothing"

@@ -54,8 +54,16 @@ class RayPool:
         finally:
             for reference in waiting:
                 self.ray.cancel(reference, force=True)
-        return results
+        return {spec["id"]: results[spec["id"]] for spec in specs}
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self.ray.shutdown()
 
 
 def _run_one(folder: str, spec: Spec, threads: int, limit_s: float) -> Result:
-    return ProcessPool(Path(folder), 1, threads, limit_s).run([spec], lambda _: None)[spec["id"]]
+    pool = ProcessPool(Path(folder), 1, threads, limit_s)
+    try:
+        return pool.run([spec], lambda _: None)[spec["id"]]
+    finally:
+        pool.close()

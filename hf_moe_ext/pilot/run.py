@@ -40,8 +40,13 @@ def run_pilot(request: PilotRequest, folder: Path, progress: Progress | None = N
         NoSpaceError: The disk is full; what is finished is kept.
         RuntimeError: The frozen base itself could not be measured.
     """
+    pilot = _Pilot(request, folder, progress or Progress(quiet=True))
     with _ending_on_sigterm():
-        return _Pilot(request, folder, progress or Progress(quiet=True)).run()
+        try:
+            return pilot.run()
+        finally:  # also on Ctrl-C
+            if pilot.pool is not None:
+                pilot.pool.close()
 
 
 class _Pilot:
@@ -50,6 +55,7 @@ class _Pilot:
     def __init__(self, request: PilotRequest, folder: Path, progress: Progress) -> None:
         self.request, self.folder, self.progress = request, folder, progress
         self.began = time.monotonic()
+        self.pool: Pool | None = None
 
     def run(self) -> dict[str, Any]:
         """All parts in order."""
@@ -221,6 +227,7 @@ class _Pilot:
 
     def _run(self, stage: str, specs: Sequence[Spec]) -> dict[str, Result]:
         with self.progress.stage(stage, len(specs)) as done:
+            assert self.pool is not None
             return self.pool.run(specs, done)
 
     def _finish_seconds(self, base: Result) -> float:
