@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hf_moe_ext import registry
 
 if TYPE_CHECKING:
+    from hf_moe_ext.audit.recorder import RoutingRecorder
+    from hf_moe_ext.audit.thresholds import RoutingThresholds
     from hf_moe_ext.dcca.meter import TrafficMeter
     from hf_moe_ext.dcca.traffic_callback import TrafficCallback
     from hf_moe_ext.models import (
@@ -42,6 +44,8 @@ _EXPORTS = {
     "PerftConfig": "hf_moe_ext.perft",
     "PerftModel": "hf_moe_ext.perft",
     "RouterLoadCallback": "hf_moe_ext.perft.router_load",
+    "RoutingRecorder": "hf_moe_ext.audit.recorder",
+    "RoutingThresholds": "hf_moe_ext.audit.thresholds",
     "check_distribution": "hf_moe_ext.models.distribution",
     "choose_experts_to_adapt": "hf_moe_ext.perft.calibration",
     "count_trainable": "hf_moe_ext.perft.report",
@@ -58,6 +62,8 @@ __all__ = [
     "Qwen3MoeExtConfig",
     "Qwen3MoeExtForCausalLM",
     "RouterLoadCallback",
+    "RoutingRecorder",
+    "RoutingThresholds",
     "TrafficCallback",
     "TrafficMeter",
     "__version__",

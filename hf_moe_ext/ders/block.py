@@ -64,6 +64,7 @@ class UniversalMoeBlock(nn.Module):
         if shared_expert is not None:
             self.shared_expert = shared_expert
         self.shares_base, self.complement, self.jitter_noise = shared_expert is None, complement, jitter_noise
+        self.num_always_active = int(self.shares_base)  # experts for every token, the last of the stack
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Route, experts, and the universal one."""

@@ -54,8 +54,15 @@ class RouterSite:
     hidden_size: int
 
 
-def find_router(model: nn.Module, site: ExpertsSite) -> RouterSite | None:
-    """The router of a block, by structure: beside the experts, one weight row for each of them, applied to its input."""
+def find_router(model: nn.Module, site: ExpertsSite, num_experts: int | None = None) -> RouterSite | None:
+    """The router of a block, by structure: beside the experts, one weight row for each of them, applied to its input.
+
+    Args:
+        model: the model the site is from.
+        site: the block's experts.
+        num_experts: rows of its weight, where some experts are for every token and no row stands for them.
+    """
+    num_experts = site.num_experts if num_experts is None else num_experts
     block_name = site.name.rpartition(".")[0]
     block = model.get_submodule(block_name)
     children = dict(block.named_children())
@@ -66,11 +73,10 @@ def find_router(model: nn.Module, site: ExpertsSite) -> RouterSite | None:
         if module is None or child == site.name.rpartition(".")[2]:
             continue
         parameters = dict(module.named_parameters())
-        weights = [n for n, p in parameters.items() if p.ndim == 2 and p.shape[0] == site.num_experts]
+        weights = [n for n, p in parameters.items() if p.ndim == 2 and p.shape[0] == num_experts]
         # A scale or norm [hidden] before the weight (Gemma 4): the weight does not see the rows the router is called with.
         transforms = len(weights) == 1 and any(
-            p.ndim == 1 and p.shape[0] == parameters[weights[0]].shape[1] != site.num_experts
-            for p in parameters.values()
+            p.ndim == 1 and p.shape[0] == parameters[weights[0]].shape[1] != num_experts for p in parameters.values()
         )
         if len(weights) == 1 and not transforms:
             bias = weights[0].removesuffix("weight") + "bias"

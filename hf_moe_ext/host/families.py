@@ -17,8 +17,46 @@ from typing import Any
 
 from torch import nn
 
-# model_type of the configuration the experts were built with -> always, never, or the key that decides.
 ALWAYS, NEVER, BY_KEY = True, False, "norm_topk_prob"
+# Sigmoid scores (DeepSeek-V4: square root of softplus), divided by the sum; DeepSeek-V4 ignores its norm_topk_prob.
+_SIGMOID_ALWAYS = (
+    "afmoe",
+    "deepseek_v4",
+    "dots3_note_vision_encoder",
+    "hy_v3",
+    "inkling2_text",
+    "laguna",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "muse_spark_text",
+    "step3p5",
+)
+# Sigmoid scores, divided by the sum where the configuration says so.
+_SIGMOID_BY_KEY = (
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "dots3_note_text",
+    "exaone_moe",
+    "flint",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm4v_moe_text",
+    "glm5_next_text",
+    "glm_moe_dsa",
+    "hy_v4",
+    "kimi_linear",
+    "kolibri1",
+    "lfm2_moe",
+    "mimo_v2_flash",
+    "nemotron_h",
+    "solar_open",
+)
+# model_type of the configuration the experts were built with -> always, never, or the key that decides.
 FAMILIES: dict[str, bool | str] = {
     # softmax over all, divided by the sum of the chosen
     **dict.fromkeys(
@@ -49,22 +87,7 @@ FAMILIES: dict[str, bool | str] = {
         ),
         ALWAYS,
     ),
-    # sigmoid (DeepSeek-V4: square root of softplus), divided by the sum; DeepSeek-V4 ignores its norm_topk_prob
-    **dict.fromkeys(
-        (
-            "afmoe",
-            "deepseek_v4",
-            "dots3_note_vision_encoder",
-            "hy_v3",
-            "inkling2_text",
-            "laguna",
-            "minimax_m2",
-            "minimax_m3_vl_text",
-            "muse_spark_text",
-            "step3p5",
-        ),
-        ALWAYS,
-    ),
+    **dict.fromkeys(_SIGMOID_ALWAYS, ALWAYS),
     # softmax over all, then top-k
     **dict.fromkeys(
         (
@@ -84,34 +107,7 @@ FAMILIES: dict[str, bool | str] = {
         ),
         BY_KEY,
     ),
-    # sigmoid scores
-    **dict.fromkeys(
-        (
-            "axk1",
-            "axk2",
-            "bailing_hybrid",
-            "beam",
-            "deepseek_v3",
-            "deepseek_v32",
-            "dots1",
-            "dots3_note_text",
-            "exaone_moe",
-            "flint",
-            "glm4_moe",
-            "glm4_moe_lite",
-            "glm4v_moe_text",
-            "glm5_next_text",
-            "glm_moe_dsa",
-            "hy_v4",
-            "kimi_linear",
-            "kolibri1",
-            "lfm2_moe",
-            "mimo_v2_flash",
-            "nemotron_h",
-            "solar_open",
-        ),
-        BY_KEY,
-    ),
+    **dict.fromkeys(_SIGMOID_BY_KEY, BY_KEY),
     # probabilities as they are; DeepSeek-V2 ignores its norm_topk_prob, Inkling's sum to 1 only with the shared experts
     **dict.fromkeys(
         (
@@ -161,6 +157,20 @@ def router_normalizes(config: Any) -> bool | None:
     rule = FAMILIES.get(model_type, BY_KEY)
     value = rule if isinstance(rule, bool) else getattr(config, rule, None)
     return None if value is None else bool(value)
+
+
+def router_scoring(config: Any) -> str:
+    """How the router before the experts of this configuration makes scores of its logits.
+
+    Returns:
+        "softmax", "sigmoid" or "sqrtsoftplus". Where the softmax is taken of the chosen logits only, it is "softmax" too.
+    """
+    own = getattr(config, "scoring_func", None) or getattr(config, "expert_selection_fn", None)
+    if own in ("softmax", "sigmoid", "sqrtsoftplus"):
+        return own
+    model_type = str(getattr(config, "model_type", None))
+    sigmoid = model_type in _SIGMOID_ALWAYS or model_type in _SIGMOID_BY_KEY or model_type == "inkling_text"
+    return "sigmoid" if sigmoid else "softmax"
 
 
 def expert_width(config: Any) -> int:

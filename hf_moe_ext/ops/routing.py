@@ -110,6 +110,20 @@ def router_logits(rows: Tensor, router: Tensor) -> Tensor:
         return _WideLinear.apply(rows, router, dtype)
 
 
+def routing_probabilities(logits: Tensor, scoring: str = "softmax") -> Tensor:
+    """The distribution [..., num_experts] over all experts that logits stand for, in at least float32.
+
+    Args:
+        logits: [..., num_experts] of any floating-point dtype.
+        scoring: "softmax", or the function whose values are divided by their sum: "sigmoid" or "sqrtsoftplus".
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scoring == "softmax":
+        return logits.softmax(dim=-1)
+    scores = logits.sigmoid() if scoring == "sigmoid" else F.softplus(logits).sqrt()
+    return scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
 @torch.no_grad()
 def choose_experts(logits: Tensor, top_k: int) -> Tensor:
     """[tokens, top_k] ids of the largest logits [tokens, num_experts], best first, ties to the lowest id."""

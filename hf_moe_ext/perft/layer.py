@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_moe_ext.host.blocks import ExpertsSite
+from hf_moe_ext.host.routing import AdapterRouting, RoutingListeners
 from hf_moe_ext.ops.routed_adapter import routed_adapter
 from hf_moe_ext.ops.routing import choose_experts, expert_weights, router_logits, router_sums
 from hf_moe_ext.perft.config import PerftConfig
@@ -58,6 +59,7 @@ class PerftLayer(PerftTunerLayer):
         self.perft_B = nn.ParameterDict()
         self.perft_router = nn.ParameterDict()
         self.settings: dict[str, AdapterSettings] = {}
+        self.routing_listeners: RoutingListeners = []
         self.adapter_of_expert: dict[str, Tensor] = {}
         self.state = state
         self.record = state.record_of(site.name)
@@ -126,12 +128,20 @@ class PerftLayer(PerftTunerLayer):
                     delta = part if delta is None else delta + part
         return output if delta is None else output + delta.to(output.dtype).view_as(output)
 
-    def _delta(self, name: str, rows: Tensor, index: Tensor, weights: Tensor, tape: ForwardTape | None) -> Tensor:
+    def _delta(
+        self,
+        name: str,
+        rows: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        tape: ForwardTape | None,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
         settings = self.settings[name]
         idx: Tensor | None
         w: Tensor | None
         if settings.variant == "R":
-            idx, w = self._route(name, rows, tape)
+            idx, w = self._route(name, rows, tape, chosen)
         elif settings.variant == "E":
             idx, w = self._adapters_of(name, index), weights
         else:
@@ -147,7 +157,7 @@ class PerftLayer(PerftTunerLayer):
             dropout=settings.dropout if self.training else 0.0,
         )
 
-    def _route(self, name: str, rows: Tensor, tape: ForwardTape | None) -> tuple[Tensor, Tensor]:
+    def _route(self, name: str, rows: Tensor, tape: ForwardTape | None, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         settings, router = self.settings[name], self.state.shared(self.perft_router[name])
         if tape is None and self.training and torch.is_grad_enabled() and settings.coefficients:
             # Called past the model. The empty tape keeps the nodes that a recomputation in backward will make.
@@ -166,7 +176,10 @@ class PerftLayer(PerftTunerLayer):
                     self.record.sums[name] = router_sums(logits if compiling else logits.detach(), index, groups)
                 if tape.training and settings.coefficients and not compiling:
                     logits = anchor_router(logits, tape, name, self.site_name)
-            return index, expert_weights(logits, index, settings.normalize)
+            expert_weight = expert_weights(logits, index, settings.normalize)
+            for listener in self.routing_listeners:
+                listener(AdapterRouting(name, logits.detach(), index, expert_weight.detach(), chosen))
+            return index, expert_weight
 
     def _adapters_of(self, name: str, index: Tensor) -> Tensor:
         """The adapters of the experts in ``index`` [tokens, top_k]; a sentinel for an expert that has none."""
@@ -190,7 +203,7 @@ class PerftLayer(PerftTunerLayer):
             # Numbers, not a mask: the shapes are known beforehand, so nothing waits for the device or breaks a graph.
             first = torch.tensor([row * tokens for row, own in enumerate(names) if own == name], device=rows.device)
             chosen = (first[:, None] + torch.arange(tokens, device=rows.device)).reshape(-1)
-            delta[chosen] = self._delta(name, rows[chosen], index[chosen], weights[chosen], None)
+            delta[chosen] = self._delta(name, rows[chosen], index[chosen], weights[chosen], None, chosen)
         return delta
 
     def _base_routing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

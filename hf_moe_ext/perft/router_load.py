@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hf_moe_ext.ops.reduction import sum_over_processes
 from hf_moe_ext.ops.routing import DriftSums, RouterSums, load_balance_loss, router_z_loss
 from hf_moe_ext.perft.model import find_state
-from hf_moe_ext.perft.step_load import sum_over_processes
 from hf_moe_ext.perft.tape import ForwardTape
 
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hf_moe_ext.ops.reduction import sum_over_processes
 from hf_moe_ext.ops.routing import RouterSums
 from hf_moe_ext.perft.tape import RouterRecord
 
@@ -34,16 +35,6 @@ def close_step(records: Mapping[str, RouterRecord]) -> None:
     for (record, adapter), load, total in zip(held, loads, counts.split([len(load) for load in loads]), strict=True):
         record.last_load[adapter] = (total[:-1] / total[-1].clamp(min=1)).to(load.device)
         record.load.pop(adapter)
-
-
-def sum_over_processes(counts: Tensor) -> Tensor:
-    """The sum over all processes; the tensor itself where there is one."""
-    # Not accelerate's reduce: its state is blind to a process group that somebody else has opened.
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return counts
-    counts = counts.clone()
-    distributed.all_reduce(counts)
-    return counts
 
 
 class StepWatch:

@@ -1,6 +1,5 @@
 """What an arm measures beside its losses: memory, the time of an answer, the user's metric, the routers' health."""
 
-import math
 import resource
 import sys
 import time
@@ -15,7 +14,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from hf_moe_ext.perft.router_load import record_router_load
+from hf_moe_ext.audit.recorder import RoutingRecorder
+from hf_moe_ext.host.blocks import iterate_experts
 from hf_moe_ext.pilot import rows as pilot_rows
 from hf_moe_ext.row_losses import choose_answers, generate_answers, measure_losses
 from hf_moe_ext.text_rows import encode_prompt
@@ -136,13 +136,14 @@ def _tokens_only(rows: Dataset) -> Dataset:
 
 @contextmanager
 def watch_routers(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Health of the routers over the forward passes inside the block; filled in when it ends, empty without routers."""
+    """Health of base and adapter routers over the forward passes inside the block, in the words of `RoutingReading.summary`.
+
+    Filled in when the block ends; stays empty for a model without experts.
+    """
     health: dict[str, float] = {}
-    with record_router_load(model) as load:
+    if not list(iterate_experts(model)):
         yield health
-    shares = [share for share in load.fractions().values() if len(share) > 1]
-    if shares:
-        entropies = [-sum(p * math.log(p) for p in share if p > 0) / math.log(len(share)) for share in shares]
-        health["adapter_load_max"] = max(max(share) for share in shares)
-        health["adapter_load_entropy"] = sum(entropies) / len(entropies)
-        health["adapter_dead_fraction"] = sum(p == 0 for share in shares for p in share) / sum(map(len, shares))
+        return
+    with RoutingRecorder(model, thresholds=None) as recorder:
+        yield health
+    health |= recorder.reading().summary()
