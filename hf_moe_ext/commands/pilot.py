@@ -59,7 +59,7 @@ def run_pilot_command(
         str | None,
         typer.Option(help="`evaluate` id, folder of a metric module, or 'choices': accuracy among answer choices."),
     ] = None,
-    metric_rows: Annotated[int, typer.Option(help="Held-out rows that answers are written for.")] = 64,
+    metric_rows: Annotated[int, typer.Option(help="Held-out rows that the metric is measured on.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Of a written answer.")] = 16,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type the model is loaded in.")
@@ -83,6 +83,9 @@ def run_pilot_command(
     Exit code: 0 finished, 1 every trained candidate failed, 2 refused or out of disk space, 130 stopped.
     """
     with refusal_of("pilot", (*BAD_INPUT, RuntimeError)):
+        import datasets
+        from transformers.utils import logging
+
         from hf_moe_ext.pilot import PilotRequest
         from hf_moe_ext.pilot.progress import Progress
         from hf_moe_ext.pilot.report import format_answer, write_reports
@@ -94,6 +97,8 @@ def run_pilot_command(
             max_held_out_rows, metric, metric_rows, max_new_tokens, dtype, hardware, hardware_file, price, currency,
             full_epochs, ray_address,
         )  # fmt: skip
+        datasets.disable_progress_bars()  # the pilot has its own
+        logging.disable_progress_bar()
         try:
             told = run_pilot(request, output, Progress())
         except KeyboardInterrupt as error:

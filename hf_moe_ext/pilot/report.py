@@ -74,7 +74,7 @@ def tabulate(told: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[tuple[st
             "trained",
             "active",
             "stored",
-            "adapter load, max",
+            "load, max",
         )
     ]
     second: list[tuple[str, ...]] = [("candidate", "step", "prompt", "per token", "peak memory", "an arm")]
@@ -88,12 +88,13 @@ def tabulate(told: dict[str, Any]) -> tuple[list[tuple[str, ...]], list[tuple[st
             if arm["loss"] is None
             else f"{arm['loss']:.4f}{spread}"
         )
-        routing = (arm["routing"] or {}).get("adapter_load_max")
+        routing = arm["routing"] or {}
+        load = routing.get("routing_load_max_default", routing.get("routing_load_max"))
         first.append((
             arm["candidate"], arm["label"], loss, str(len(arm["seeds"] or ())) if arm["seeds"] else NONE,
             _number(arm["metric"], "{:.4g}"), _number(arm["learning_rate"], "{:g}"), _number(arm["steps"], "{:,}"),
             f"{arm['parameters']['trainable']:,}", _number(arm["parameters"]["active"], "{:,}"),
-            NONE if arm["stored_bytes"] is None else format_bytes(arm["stored_bytes"]), _number(routing, "{:.0%}"),
+            NONE if arm["stored_bytes"] is None else format_bytes(arm["stored_bytes"]), _number(load, "{:.0%}"),
         ))  # fmt: skip
         second.append((
             arm["candidate"], _time(arm["step_s"]), _time(arm["prefill_s"]), _time(arm["decode_s"]),

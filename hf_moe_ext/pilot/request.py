@@ -34,7 +34,7 @@ class PilotRequest:
         max_train_rows: Draw so many; None for all.
         max_held_out_rows: The same for the held-out rows.
         metric: `evaluate` id, local module, or "choices" for the accuracy among answer choices.
-        metric_rows: Held-out rows that answers are written for.
+        metric_rows: Held-out rows that the metric is measured on.
         max_new_tokens: Of a written answer.
         dtype: Type the model is loaded in.
         hardware: Row of the hardware table, for the cost at full size.
@@ -64,7 +64,7 @@ class PilotRequest:
     max_train_rows: int | None = None
     max_held_out_rows: int | None = 512
     metric: str | None = None
-    metric_rows: int = 64
+    metric_rows: int = 128
     max_new_tokens: int = 16
     dtype: str = "float32"
     hardware: str | None = None

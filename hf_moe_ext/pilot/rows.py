@@ -23,7 +23,7 @@ from hf_moe_ext.text_rows import (
 TRAIN, CHOICE, HELD_OUT, CHOICES = "train", "choice", "held_out", "answer_choices"
 ROWS, FACTS = "rows", "facts.json"
 MIN_TRAIN_ROWS, MIN_HELD_OUT_ROWS = 48, 16
-MAX_CHOICE_ROWS = 256
+MAX_CHOICE_ROWS = 128
 CHOICES_METRIC = "choices"
 
 
@@ -67,7 +67,9 @@ def prepare_rows(request: PilotRequest, tokenizer: PreTrainedTokenizerBase, fold
         "held_out_from": request.held_out or "the data set",
     }
     if request.metric == CHOICES_METRIC:
-        rows, questions, right = expand_choices(test)
+        step = max(1, len(test) // request.metric_rows)
+        asked = test.select(range(0, len(test), step)[: request.metric_rows])  # some of every length
+        rows, questions, right = expand_choices(asked)
         answers = encode_rows(rows, tokenizer, request.max_length, "tokenize answer choices")
         encoded[CHOICES] = answers.add_column("question", questions)
         facts["right_choices"] = right
