@@ -213,7 +213,9 @@ class _Pilot:
                 if c.name == BASE:
                     specs.append(stages.make_spec(self._settings(c), c, None, self.request.seed, 0, "final"))
                 else:
-                    rate = (self.request.learning_rates or c.learning_rates)[0]
+                    rate = min(
+                        self.request.learning_rates or c.learning_rates
+                    )  # the speed is asked, not what it learns
                     specs.append(stages.make_spec(self._settings(c), c, rate, self.request.seed, TRIAL_STEPS, "trial"))
             for result in self._run("trial steps", specs).values():
                 name = result["spec"]["candidate"]["name"]
