@@ -102,7 +102,7 @@ class _Pilot:
         if subject.why_not_upcycled and any(c.kind == "upcycle" for c in candidates):
             raise ValueError(
                 f"--model {request.model} is dense and cannot be upcycled: {subject.why_not_upcycled}. To compare what "
-                "needs no experts, give --candidates lora-qv full."
+                "needs no experts, give --candidates lora-qv --candidates full."
             )
         return candidates
 
