@@ -1,5 +1,6 @@
 """Arms side by side: so many at a time, finished ones kept, all of them ended with the pilot."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ class Pool(Protocol):
 def read_result(folder: Path, spec: Spec) -> Result | None:
     """The result of an arm that was run before with just these settings."""
     result = read_json(folder / ARMS / f"{spec['id']}.json")
-    return result if result is not None and result["spec"] == spec else None
+    # A tuple comes back from JSON as a list.
+    return result if result is not None and result["spec"] == json.loads(json.dumps(spec)) else None
 
 
 class ProcessPool:
@@ -107,8 +109,9 @@ class ProcessPool:
         result: Result | None = read_json(path)
         if result is None:
             why = "it took longer than the whole budget" if seconds > self.limit_s else self._last_lines(spec)
-            result = {"spec": spec, "status": FAILED, "reason": f"its process ended with code {code}: {why}"}
-            write_json(path, result)
+            write_json(path, {"spec": spec, "status": FAILED, "reason": f"its process ended with code {code}: {why}"})
+            result = read_json(path)
+            assert result is not None
         return result
 
     def _last_lines(self, spec: Spec) -> str:
