@@ -99,14 +99,16 @@ def run_pilot_command(
         )  # fmt: skip
         datasets.disable_progress_bars()  # the pilot has its own
         logging.disable_progress_bar()
+        told = None
         try:
             told = run_pilot(request, output, Progress())
-        except KeyboardInterrupt as error:
+        except KeyboardInterrupt:
             typer.echo(
                 f"hf-moe pilot: stopped; what is finished is in {output}, the same command goes on with it", err=True
             )
-            raise typer.Exit(STOPPED) from error
-        pages = write_reports(told, output)
+        pages = [] if told is None else write_reports(told, output)
+    if told is None:
+        raise typer.Exit(STOPPED)
     typer.echo(json.dumps(told, indent=2) if as_json else format_answer(told))
     typer.echo(f"Written: {', '.join(map(str, pages))}, {output / 'pilot.json'}", err=True)
     if not any(arm["status"] == "done" and arm["finalist"] for arm in told["arms"] if arm["candidate"] != "base"):

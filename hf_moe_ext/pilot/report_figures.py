@@ -92,7 +92,11 @@ def _draw_pareto(panels: Any, told: dict[str, Any]) -> None:
             )
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[2].set_xscale("log")
+    trained = [arm["parameters"]["trainable"] for arm in arms if arm["parameters"]["trainable"]]
+    if trained and max(trained) > 10 * min(trained):
+        panels[2].set_xscale("log")
+    else:
+        panels[2].ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     panels[0].set_ylabel("held-out loss, nats per token")
     shown = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     panels[0].figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
