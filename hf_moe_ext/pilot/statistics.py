@@ -3,7 +3,8 @@
 A difference has two kinds of noise. Other rows would have given another one: its deviation is that of a bootstrap that draws
 whole rows, each with the losses of both candidates (Efron and Tibshirani 1993, chapter 13). Another seed would have given
 another one too: its deviation is the spread between the seeds over the root of their number. Both are added, and the interval
-is Student's with Welch and Satterthwaite's degrees of freedom: a bootstrap over three seeds would be far too narrow.
+is Student's with Welch and Satterthwaite's degrees of freedom: a bootstrap over three seeds would be far too narrow. Three
+seeds can lie close together by chance, so none counts as less spread than the candidates are on average.
 Probabilities of several comparisons are corrected after Holm (1979).
 """
 
@@ -73,13 +74,17 @@ class Comparison:
         return self.adjusted_p < 1 - CONFIDENCE
 
 
-def compare(candidate: ArmLosses, reference: ArmLosses, seed: int = 0) -> Comparison:
+def compare(
+    candidate: ArmLosses, reference: ArmLosses, seed: int = 0, pooled: tuple[float, int] = (0.0, 1)
+) -> Comparison:
     """One difference with its interval; `adjusted_p` is still that of this comparison alone.
 
     Args:
         candidate: Losses [seeds, rows].
         reference: The same rows; one seed (a model that was not trained), or as many as the candidate.
         seed: Of the bootstrap.
+        pooled: Deviation between seeds over all candidates, and its degrees of freedom; taken where that of this
+            candidate's own seeds is smaller.
 
     Raises:
         ValueError: The two do not score the same tokens.
@@ -95,14 +100,25 @@ def compare(candidate: ArmLosses, reference: ArmLosses, seed: int = 0) -> Compar
     by_seed = change.sum(axis=1) / tokens
     difference = float(by_seed.mean())
     rows = _row_deviation(change.mean(axis=0), candidate.tokens, seed)
-    seeds = float(by_seed.std(ddof=1)) / math.sqrt(num_seeds) if num_seeds > 1 else None
+    seeds, seed_freedom = None, 1
+    if num_seeds > 1:
+        own = (float(by_seed.std(ddof=1)), num_seeds - 1)
+        deviation, seed_freedom = max(own, pooled)
+        seeds = deviation / math.sqrt(num_seeds)
     error = math.hypot(rows, seeds or 0.0)
     if error == 0.0:  # the same numbers in every row: nothing was learnt, or there is nothing to learn
         return Comparison(difference, difference, difference, rows, seeds, 1.0, 1.0)
-    freedom = error**4 / (rows**4 / (len(candidate.tokens) - 1) + (seeds or 0.0) ** 4 / max(1, num_seeds - 1))
+    freedom = error**4 / (rows**4 / (len(candidate.tokens) - 1) + (seeds or 0.0) ** 4 / seed_freedom)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     p = float(2 * stats.t.sf(abs(difference) / error, freedom))
     return Comparison(difference, difference - half, difference + half, rows, seeds, p, p)
+
+
+def _pool_seeds(candidates: Sequence[ArmLosses]) -> tuple[float, int]:
+    """Root of the mean variance between seeds, over all candidates with more than one, and its degrees of freedom."""
+    variances = [one.by_seed.var(ddof=1) for one in candidates if len(one.nats) > 1]
+    freedom = sum(len(one.nats) - 1 for one in candidates)
+    return (float(np.sqrt(np.mean(variances))), freedom) if variances else (0.0, 1)
 
 
 def _row_deviation(change: np.ndarray, tokens: np.ndarray, seed: int) -> float:
@@ -139,8 +155,11 @@ def compare_all(losses: Mapping[str, ArmLosses], base: str, seed: int = 0) -> di
     if not trained:
         return {"best": None, "against_base": {}, "against_best": {}}
     best = min(trained, key=lambda name: (losses[name].mean, name))
+    pooled = _pool_seeds([losses[name] for name in trained])
     return {
         "best": best,
-        "against_base": adjust({name: compare(losses[name], losses[base], seed) for name in trained}),
-        "against_best": adjust({name: compare(losses[name], losses[best], seed) for name in trained if name != best}),
+        "against_base": adjust({name: compare(losses[name], losses[base], seed, pooled) for name in trained}),
+        "against_best": adjust(
+            {name: compare(losses[name], losses[best], seed, pooled) for name in trained if name != best}
+        ),
     }

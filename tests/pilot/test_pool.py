@@ -123,7 +123,7 @@ def test_killed_and_gone_on_with(request_of, planted_pilot: dict[str, Any], tmp_
     arms = _arms_of(process)
     assert arms
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     _wait_for(lambda: not any(arm.is_running() and arm.status() != psutil.STATUS_ZOMBIE for arm in arms), 30)
     before = {path: path.stat().st_mtime_ns for path in _finished(output)}
     told = run_pilot(request_of(), output)

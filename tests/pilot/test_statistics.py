@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from hf_moe_ext.pilot import statistics
 from hf_moe_ext.pilot.statistics import ArmLosses, Comparison, adjust, compare, compare_all
 
 TOKENS = np.full(400, 3.0)
@@ -51,8 +52,9 @@ def test_pairing_removes_what_is_hard_for_both() -> None:
     assert abs(compare(a, b).difference + 0.05) < 0.01
 
 
-def test_false_alarms_are_as_rare_as_promised() -> None:
+def test_false_alarms_are_as_rare_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     """No real difference, three seeds that spread more than rows: 5 % in each single comparison, and no more in a family."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)  # of 800 comparisons
     generator = np.random.default_rng(2)
     single = family = 0
     for _ in range(200):
