@@ -14,6 +14,7 @@ from hf_moe_ext.commands import (
     fold,
     inspect,
     mup,
+    pilot,
     plan,
     push,
     run,
@@ -82,6 +83,7 @@ app.command("upcycle", short_help="Make a dense checkpoint a Mixture-of-Experts 
     upcycle.upcycle_checkpoint
 )
 app.command("plan", short_help="How many experts at this budget, on this hardware.")(plan.plan_sparsity)
+app.command("pilot", short_help="Compare methods on your own rows; one recommendation.")(pilot.run_pilot_command)
 app.command("measure-hardware", short_help="Time this machine; a row for the cost model.")(
     cost_model.measure_hardware_row
 )

@@ -31,13 +31,14 @@ def sum_answer_nats(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: tor
     """For `Trainer(preprocess_logits_for_metrics=...)`: keep two numbers per row in place of all logits.
 
     Args:
-        logits: [batch, length, vocabulary], or a tuple that starts with them.
+        logits: [batch, length, vocabulary], or a tuple that holds them.
         labels: [batch, length], -100 where not scored.
 
     Returns:
         [batch, 2]: summed negative log-likelihood and number of scored tokens.
     """
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    if isinstance(logits, tuple):  # a MoE that returns its load-balance loss has that scalar before them
+        logits = next(one for one in logits if one.ndim == 3)
     targets = labels[:, 1:]
     nats = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"

@@ -133,6 +133,10 @@ class AdapterArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt; q_proj v_proj for lora, every MoE block for perft."}
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "lora: adapt the experts' own weights, as in experts.gate_up_proj experts.down_proj."},
+    )
 
 
 @dataclass
@@ -342,8 +346,8 @@ def find_idle_settings(arguments: Arguments) -> list[str]:
     """Sentences about settings that were given and do nothing here."""
     adapter, idle = arguments.adapter, []
     used = {
-        "perft": {f.name for f in dataclasses.fields(adapter)},
-        "lora": {"r", "lora_alpha", "lora_dropout", "lora_target_modules"},
+        "perft": {f.name for f in dataclasses.fields(adapter)} - {"lora_target_parameters"},
+        "lora": {"r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"},
     }.get(adapter.peft, set())
     for f in dataclasses.fields(adapter):
         if f.name not in used | {"peft"} and getattr(adapter, f.name) != f.default:

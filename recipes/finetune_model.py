@@ -58,7 +58,8 @@ def build_adapter_config(
                 r=arguments.r,
                 lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # any number will do
                 lora_dropout=arguments.lora_dropout,
-                target_modules=list(targets or LORA_TARGETS),
+                target_modules=list(targets or (() if arguments.lora_target_parameters else LORA_TARGETS)),
+                target_parameters=arguments.lora_target_parameters,
             )
     except (ValueError, TypeError) as error:
         raise UserError(f"--peft {arguments.peft}: {error}") from error

@@ -20,7 +20,9 @@ Command: `{command}`{state}
 """
 
 
-def render(results: Mapping[str, Any], json_name: str, png_name: str) -> str:
+def render(
+    results: Mapping[str, Any], json_name: str = "sparsity-grid.json", png_name: str = "sparsity-grid.png"
+) -> str:
     """Markdown of a grid.
 
     Args:

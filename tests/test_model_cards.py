@@ -21,6 +21,8 @@ WRITERS = {
     "perft-quickstart": ("perft_quickstart_card", "render_card"),
     "perft-router": ("perft_router_card", "render_card"),
     "perft-speed": ("perft_card", "render_card"),
+    "routing-audit": ("audit_card", "render_card"),
+    "sparsity-grid": ("sparsity_grid_card", "render"),
     "to-dcca": ("to_dcca_card", "render_card"),
 }
 

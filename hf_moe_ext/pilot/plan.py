@@ -1,0 +1,196 @@
+"""Which candidates, steps and seeds fit the budget, from the measured speed of a step; or why none do."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from hf_moe_ext.pilot.candidates import Candidate
+
+# Rungs of successive halving, as shares of a finalist's steps.
+FIRST_RUNG, SECOND_RUNG = 0.25, 0.5
+RATES_IN_SECOND_RUNG = 2
+MIN_TRAINED = 2  # fewer is no comparison
+COMFORTABLE_TRAINED, COMFORTABLE_FACTOR = 4, 2  # keep so many before steps go below so many times the least
+MAX_EPOCHS = 3  # a pilot that reads its rows more often measures how they are memorised
+SAFETY = 1.15
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a short trial of a candidate measured, in seconds.
+
+    Attributes:
+        startup: Until the first step.
+        step: Of one.
+        choice: Losses of the rows that rates are chosen by.
+        finish: What a finalist takes beyond its steps and its start.
+    """
+
+    startup: float
+    step: float
+    choice: float
+    finish: float
+
+    def search(self, steps: int, num_rates: int) -> float:
+        """Both rungs over so many rates."""
+        second = min(num_rates, RATES_IN_SECOND_RUNG)
+        first = num_rates * (self.startup + self.choice + FIRST_RUNG * steps * self.step) if num_rates > 1 else 0.0
+        return first + second * (self.startup + self.choice + SECOND_RUNG * steps * self.step)
+
+    def final(self, steps: int) -> float:
+        """One seed of a finalist."""
+        return self.startup + self.finish + steps * self.step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run.
+
+    Attributes:
+        candidates: Names, the base left out, in the order of the table.
+        steps: Of a finalist, by name.
+        rates: Learning rates of the first rung, by name.
+        left_out: Name -> why it is not among them.
+        num_finalists: Most that are trained with every seed.
+        num_seeds: Of each.
+        estimate_s: For everything after the trial steps.
+        epochs: Passes over the train rows of a finalist, by name.
+    """
+
+    candidates: tuple[str, ...]
+    steps: dict[str, int]
+    rates: dict[str, tuple[float, ...]]
+    left_out: dict[str, str]
+    num_finalists: int
+    num_seeds: int
+    estimate_s: float
+    epochs: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Plan":
+        """The opposite of `as_dict`."""
+        rates = {name: tuple(values) for name, values in saved["rates"].items()}
+        return cls(**{**saved, "candidates": tuple(saved["candidates"]), "rates": rates})
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the plan must fit into.
+
+    Attributes:
+        seconds: Of the budget that are left.
+        spent: That are gone, for the message.
+        processes: Arms at a time.
+        num_seeds: Of a finalist.
+        num_finalists: Most of them.
+        min_steps: Of the shortest arm.
+        steps: Of a finalist, where they are fixed.
+        batch_size: Rows of a step.
+        train_rows: There are so many.
+        equal_time: Give every candidate equal time instead of equal tokens.
+        may_drop: Whether candidates may be left out: not those that were asked for by name.
+    """
+
+    seconds: float
+    spent: float
+    processes: int
+    num_seeds: int
+    num_finalists: int
+    min_steps: int
+    steps: int | None
+    batch_size: int
+    train_rows: int
+    equal_time: bool
+    may_drop: bool
+
+
+def make_plan(
+    candidates: Sequence[Candidate],
+    speeds: Mapping[str, Speed],
+    rates: Mapping[str, tuple[float, ...]],
+    room: Room,
+    left_out: Mapping[str, str],
+) -> Plan:
+    """The most candidates at a comfortable length, else at the least length; then as many steps as fit.
+
+    Steps are the least number times a power of two, so that a small difference in speed gives the same plan.
+
+    Args:
+        candidates: In order of preference, without the base.
+        speeds: Measured, by name.
+        rates: Learning rates, by name.
+        room: The budget.
+        left_out: Candidates that are out already, with the reason.
+
+    Raises:
+        ValueError: The least pilot does not fit; the message says what it needs.
+    """
+    least = room.steps or 4 * room.min_steps
+    kept = list(candidates)
+    while True:
+        enough = len(kept) if not room.may_drop else min(MIN_TRAINED, len(candidates))
+        wanted = least if room.steps or len(kept) <= COMFORTABLE_TRAINED else COMFORTABLE_FACTOR * least
+        needed = _estimate(kept, speeds, rates, room, wanted)
+        if needed <= room.seconds:
+            break
+        if len(kept) <= enough:
+            _refuse(kept, needed, least, room)
+        kept.pop()
+    steps = wanted
+    while (
+        room.steps is None
+        and 2 * steps * room.batch_size <= MAX_EPOCHS * room.train_rows
+        and _estimate(kept, speeds, rates, room, 2 * steps) <= room.seconds
+    ):
+        steps *= 2
+    names = tuple(candidate.name for candidate in kept)
+    by_name = _steps_of(kept, speeds, room, steps)
+    minutes = (room.seconds + room.spent) / 60
+    late = {c.name: f"did not fit the budget of {minutes:g} minutes" for c in candidates if c.name not in names}
+    return Plan(
+        names,
+        by_name,
+        {name: tuple(rates[name]) for name in names},
+        {**left_out, **late},
+        room.num_finalists,
+        room.num_seeds,
+        _estimate(kept, speeds, rates, room, steps),
+        {name: count * room.batch_size / room.train_rows for name, count in by_name.items()},
+    )
+
+
+def _steps_of(kept: Sequence[Candidate], speeds: Mapping[str, Speed], room: Room, steps: int) -> dict[str, int]:
+    if not room.equal_time:
+        return {candidate.name: steps for candidate in kept}
+    middle = median(speeds[candidate.name].step for candidate in kept)
+    return {c.name: max(4 * room.min_steps, round(steps * middle / speeds[c.name].step)) for c in kept}
+
+
+def _estimate(
+    kept: Sequence[Candidate],
+    speeds: Mapping[str, Speed],
+    rates: Mapping[str, tuple[float, ...]],
+    room: Room,
+    steps: int,
+) -> float:
+    """Seconds with all processes busy, and the longest arm on top, since the last ones do not fill them."""
+    by_name = _steps_of(kept, speeds, room, steps)
+    search = sum(speeds[c.name].search(by_name[c.name], len(rates[c.name])) for c in kept)
+    finals = sorted((speeds[c.name].final(by_name[c.name]) for c in kept), reverse=True)[: room.num_finalists]
+    return SAFETY * ((search + room.num_seeds * sum(finals)) / room.processes + finals[0])
+
+
+def _refuse(kept: Sequence[Candidate], needed: float, least: int, room: Room) -> None:
+    minutes = math.ceil((needed + room.spent) / 60 * 10) / 10
+    names = ", ".join(candidate.name for candidate in kept)
+    raise ValueError(
+        f"--budget-minutes {(room.seconds + room.spent) / 60:g} is too small: {names} with {least} steps and "
+        f"{room.num_seeds} seeds need about {minutes:g} minutes on {room.processes} processes ({room.spent:.0f} s of it for "
+        "trial steps). Give that much, or fewer --candidates, --seeds or --learning-rates, or shorter arms with --min-steps."
+    )

@@ -1,0 +1,277 @@
+"""A whole pilot: rows, trial steps, plan, rates, finalists, recommendation, report; each part kept as soon as it is there."""
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_moe_ext.pilot import stages
+from hf_moe_ext.pilot.arm import DONE
+from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
+from hf_moe_ext.pilot.folder import PLAN, RESULT, claim_folder, read_json, write_json
+from hf_moe_ext.pilot.plan import Plan, Room, Speed, make_plan
+from hf_moe_ext.pilot.pool import Pool, ProcessPool, Result, Spec
+from hf_moe_ext.pilot.progress import Progress
+from hf_moe_ext.pilot.request import PilotRequest
+from hf_moe_ext.pilot.subject import BYTES_PER_TRAINED_PARAMETER, load_tokenizer, read_subject
+
+TRIAL_STEPS = 5
+TRIAL_SHARE = 0.25  # of the budget; what was not tried by then is left out
+BASE = "base"
+
+
+def run_pilot(request: PilotRequest, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Run the pilot, or go on with the one in the folder.
+
+    Args:
+        request: What is asked.
+        folder: Gets everything; a folder of the same settings is gone on with.
+        progress: Shows what runs; None shows nothing.
+
+    Returns:
+        What `pilot.json` holds.
+
+    Raises:
+        ValueError: The request cannot be carried out, or not within its budget.
+        NoSpaceError: The disk is full; what is finished is kept.
+        RuntimeError: The frozen base itself could not be measured.
+    """
+    pilot = _Pilot(request, folder, progress or Progress(quiet=True))
+    with _ending_on_sigterm():
+        try:
+            return pilot.run()
+        finally:  # also on Ctrl-C
+            if pilot.pool is not None:
+                pilot.pool.close()
+
+
+class _Pilot:
+    """The state of one run."""
+
+    def __init__(self, request: PilotRequest, folder: Path, progress: Progress) -> None:
+        self.request, self.folder, self.progress = request, folder, progress
+        self.began = time.monotonic()
+        self.pool: Pool | None = None
+
+    def run(self) -> dict[str, Any]:
+        """All parts in order."""
+        from hf_moe_ext.pilot import measures, rows
+        from hf_moe_ext.pilot.summary import conclude
+
+        request = self.request
+        self.subject = read_subject(request.model)
+        candidates = self._choose()
+        if request.hardware is not None:  # a name that is none is told now and not at the end
+            from hf_moe_ext.scaling.hardware import find_hardware
+
+            find_hardware(request.hardware, request.hardware_file)
+        if request.metric not in (None, rows.CHOICES_METRIC):
+            measures.load_metric(str(request.metric))
+        tokenizer = load_tokenizer(request.model)
+        resumed = claim_folder(self.folder, request.describe())
+        facts = rows.prepare_rows(request, tokenizer, self.folder)
+        self.pool = self._open_pool()
+        by_name = {candidate.name: candidate for candidate in candidates}
+        with self.progress:
+            trials, plan = self._plan(candidates, facts)
+            kept = [by_name[name] for name in plan.candidates]
+            run: Callable[[str, Sequence[Spec]], dict[str, Result]] = self._run
+            settings = {c.name: self._settings(c) for c in kept}
+            found = stages.search_rates(run, kept, plan, settings, request.seed)
+            counts = {n: int(t["deterministic"]["parameters"]["trainable"]) for n, t in trials.items()}
+            names = stages.choose_finalists(found, self._num_finalists(plan, trials), counts)
+            finalists = [(by_name[name], float(found[name].rate or 0.0)) for name in names]
+            results, seeds_run = stages.run_finalists(
+                run, finalists, plan, settings, request.seed, None if request.steps else self._deadline()
+            )
+        told = conclude(
+            request, self.subject, facts, plan, trials, found, results, seeds_run, by_name,
+            {"minutes": (time.monotonic() - self.began) / 60, "resumed": resumed, "machine": self._machine()},
+        )  # fmt: skip
+        write_json(self.folder / RESULT, told)
+        return told
+
+    def _choose(self) -> list[Candidate]:
+        """The candidates; a dense model needs a home to be upcycled into, or candidates that do without."""
+        request, subject = self.request, self.subject
+        candidates = choose_candidates(request.candidates, subject.is_moe, subject.why_not_moe)
+        if subject.why_not_upcycled and any(c.kind == "upcycle" for c in candidates):
+            raise ValueError(
+                f"--model {request.model} is dense and cannot be upcycled: {subject.why_not_upcycled}. To compare what "
+                "needs no experts, give --candidates lora-qv --candidates full."
+            )
+        return candidates
+
+    def _open_pool(self) -> Pool:
+        request = self.request
+        limit_s = max(600.0, 60 * request.budget_minutes)
+        if request.ray_address is not None:
+            from hf_moe_ext.pilot.ray_pool import RayPool
+
+            return RayPool(self.folder, request.ray_address, self._threads(), limit_s)
+        return ProcessPool(self.folder, request.processes, self._threads(), limit_s)
+
+    def _threads(self) -> int:
+        return self.request.threads or max(1, (os.cpu_count() or 1) // self.request.processes)
+
+    def _deadline(self) -> float:
+        return self.began + 60 * self.request.budget_minutes
+
+    def _settings(self, candidate: Candidate) -> dict[str, Any]:
+        """What every arm of a candidate is told."""
+        request = self.request
+        return {
+            "model": self._upcycle(candidate) if candidate.kind == "upcycle" else request.model,
+            "folder": str(self.folder), "batch_size": request.batch_size, "max_length": request.max_length,
+            "dtype": request.dtype, "threads": self._threads(), "metric": request.metric,
+            "metric_rows": request.metric_rows, "max_new_tokens": request.max_new_tokens,
+        }  # fmt: skip
+
+    def _upcycle(self, candidate: Candidate) -> str:
+        """The folder of the dense model with experts; made once."""
+        from hf_moe_ext.convert import upcycle
+        from hf_moe_ext.pilot.folder import full_disk_told
+
+        target = self.folder / "upcycled" / candidate.name.replace(":", "-").replace(",", "-")
+        if not target.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with full_disk_told(self.folder):
+                upcycle(self.request.model, target, form="ders", seed=self.request.seed, **candidate.settings)
+        return str(target)
+
+    def _plan(self, candidates: Sequence[Candidate], facts: dict[str, Any]) -> tuple[dict[str, Result], Plan]:
+        """Trial steps of every candidate, then the plan; both are kept, so that a restart goes on with the same ones."""
+        request, saved = self.request, read_json(self.folder / PLAN)
+        if saved is not None:
+            plan = Plan.from_dict(saved)
+            wanted = [c for c in candidates if c.name in (BASE, *plan.candidates)]
+            return self._try_out(wanted, {}, limit=float("inf")), plan
+        left_out: dict[str, str] = {}
+        trials = self._try_out(
+            self._fitting_memory(candidates, left_out), left_out, TRIAL_SHARE * 60 * request.budget_minutes
+        )
+        tried = [c for c in candidates if c.name in trials and c.name != BASE]
+        if not tried:
+            told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            raise ValueError(f"no candidate can be trained here ({told}). Give other --candidates.")
+        finish = self._finish_seconds(trials[BASE])
+        speeds = {c.name: _speed(trials[c.name], finish) for c in tried}
+        rates = {c.name: request.learning_rates or c.learning_rates for c in tried}
+        spent = time.monotonic() - self.began
+        room = Room(
+            60 * request.budget_minutes - spent, spent, request.processes, request.num_seeds, request.num_finalists,
+            request.min_steps, request.steps, request.batch_size, facts["train_rows"], request.equal == "time",
+            may_drop=not request.candidates,
+        )  # fmt: skip
+        plan = make_plan(tried, speeds, rates, room, left_out)
+        write_json(self.folder / PLAN, plan.as_dict())
+        return trials, plan
+
+    def _fitting_memory(self, candidates: Sequence[Candidate], left_out: dict[str, str]) -> list[Candidate]:
+        """Without candidates that train all weights where these do not fit: there is no point in trying."""
+        import psutil
+        import torch
+
+        needed = BYTES_PER_TRAINED_PARAMETER * self.subject.num_parameters * self.request.processes
+        if torch.cuda.is_available():
+            free, where = torch.cuda.mem_get_info()[0], "on the device"
+        else:
+            free, where = psutil.virtual_memory().available, "of memory"
+        kept = []
+        for candidate in candidates:
+            if candidate.kind in ("full", "upcycle") and needed > free:
+                left_out[candidate.name] = (
+                    f"training all weights takes at least {needed / 1e9:.1f} GB in {self.request.processes} processes, and "
+                    f"{free / 1e9:.1f} GB {where} are free"
+                )
+            else:
+                kept.append(candidate)
+        return kept
+
+    def _try_out(self, candidates: Sequence[Candidate], left_out: dict[str, str], limit: float) -> dict[str, Result]:
+        """A few steps of every candidate, some at a time until the limit; what fails is left out with its reason.
+
+        The base is measured whole, once: it has nothing to train.
+
+        Raises:
+            RuntimeError: The base failed.
+        """
+        trials: dict[str, Result] = {}
+        waiting = list(candidates)
+        while waiting:
+            late = time.monotonic() - self.began > limit and len(trials) > 2 and not self.request.candidates
+            if late:
+                left_out |= {c.name: "its speed could not be tried within a quarter of the budget" for c in waiting}
+                break
+            now, waiting = waiting[: self.request.processes], waiting[self.request.processes :]
+            specs = []
+            for c in now:
+                if c.name == BASE:
+                    specs.append(stages.make_spec(self._settings(c), c, None, self.request.seed, 0, "final"))
+                else:
+                    rate = min(
+                        self.request.learning_rates or c.learning_rates
+                    )  # the speed is asked, not what it learns
+                    specs.append(stages.make_spec(self._settings(c), c, rate, self.request.seed, TRIAL_STEPS, "trial"))
+            for result in self._run("trial steps", specs).values():
+                name = result["spec"]["candidate"]["name"]
+                if result["status"] == DONE:
+                    trials[name] = result
+                elif name == BASE:
+                    raise RuntimeError(f"the frozen base cannot be measured: {result['reason']}")
+                else:
+                    left_out[name] = result["reason"]
+        return trials
+
+    def _run(self, stage: str, specs: Sequence[Spec]) -> dict[str, Result]:
+        with self.progress.stage(stage, len(specs)) as done:
+            assert self.pool is not None
+            return self.pool.run(specs, done)
+
+    def _finish_seconds(self, base: Result) -> float:
+        measured = base["measured"]
+        return float(measured["wall_s"] - measured["startup_s"])
+
+    def _num_finalists(self, plan: Plan, trials: dict[str, Result]) -> int:
+        """Fewer than planned where the rounds before took longer than they should have."""
+        if self.request.steps:
+            return plan.num_finalists
+        left = self._deadline() - time.monotonic()
+        finish = self._finish_seconds(trials[BASE])
+        longest = max(_speed(trials[name], finish).final(plan.steps[name]) for name in plan.candidates)
+        fit = int(left * self.request.processes / (longest * plan.num_seeds))
+        return min(plan.num_finalists, max(2, fit))
+
+    def _machine(self) -> dict[str, Any]:
+        return {
+            "processor": platform.processor() or platform.machine(),
+            "processes": self.request.processes,
+            "threads": self._threads(),
+        }
+
+
+def _speed(trial: Result, finish: float) -> Speed:
+    measured = trial["measured"]
+    return Speed(measured["startup_s"], measured["step_s"], measured["losses_s"], finish)
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that its arms end too."""
+
+    def end(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread: the caller's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,78 @@
+"""What fits a budget, and what does not."""
+
+from dataclasses import replace
+
+import pytest
+
+from hf_moe_ext.pilot.candidates import TABLE
+from hf_moe_ext.pilot.plan import Plan, Room, Speed, make_plan
+
+CANDIDATES = [candidate for candidate in TABLE if candidate.kind != "base" and candidate.needs != "dense"]
+SPEEDS = {candidate.name: Speed(1.0, 0.1, 1.0, 5.0) for candidate in CANDIDATES}
+RATES = {candidate.name: candidate.learning_rates for candidate in CANDIDATES}
+ROOM = Room(
+    seconds=1100.0, spent=100.0, processes=2, num_seeds=3, num_finalists=4, min_steps=16, steps=None, batch_size=8,
+    train_rows=4000, equal_time=False, may_drop=True,
+)  # fmt: skip
+
+
+def _plan(**changes) -> Plan:
+    return make_plan(CANDIDATES, SPEEDS, RATES, replace(ROOM, **changes), {})
+
+
+def test_a_large_budget_takes_all_and_more_steps() -> None:
+    small, large = _plan(), _plan(seconds=20000.0)
+    assert len(large.candidates) == len(CANDIDATES)
+    assert not large.left_out
+    assert large.steps["perft-r"] > small.steps["perft-r"]
+    for plan in (small, large):
+        assert plan.estimate_s <= 20000
+        assert plan.steps["perft-r"] % 64 == 0
+        assert (plan.steps["perft-r"] // 64).bit_count() == 1
+
+
+def test_a_small_budget_leaves_out_the_last_ones_and_says_so() -> None:
+    plan = _plan(seconds=150.0)
+    assert 2 <= len(plan.candidates) < len(CANDIDATES)
+    assert plan.candidates == tuple(c.name for c in CANDIDATES[: len(plan.candidates)])
+    assert set(plan.left_out) == {c.name for c in CANDIDATES[len(plan.candidates) :]}
+    assert all("did not fit the budget" in reason for reason in plan.left_out.values())
+    assert plan.estimate_s <= 150
+
+
+def test_too_small_a_budget_is_refused_with_what_it_needs() -> None:
+    with pytest.raises(
+        ValueError, match=r"--budget-minutes 2 is too small: perft-r, lora-qv with 64 steps .* about [0-9.]+ minutes"
+    ):
+        _plan(seconds=20.0)
+    needed = _plan(seconds=90.0)
+    assert len(needed.candidates) >= 2
+
+
+def test_candidates_asked_for_by_name_are_never_dropped() -> None:
+    with pytest.raises(ValueError, match="too small"):
+        _plan(seconds=150.0, may_drop=False)
+
+
+def test_fixed_steps_stay() -> None:
+    assert set(_plan(steps=200).steps.values()) == {200}
+
+
+def test_steps_end_where_rows_would_be_read_too_often() -> None:
+    plan = _plan(seconds=1e6, train_rows=512)
+    assert plan.steps["perft-r"] * 8 <= 3 * 512
+    assert plan.epochs["perft-r"] == plan.steps["perft-r"] * 8 / 512
+
+
+def test_equal_time_gives_the_slow_ones_fewer_steps() -> None:
+    speeds = {**SPEEDS, "full": Speed(1.0, 0.4, 1.0, 5.0), "perft-s": Speed(1.0, 0.05, 1.0, 5.0)}
+    plan = make_plan(CANDIDATES, speeds, RATES, replace(ROOM, seconds=20000.0, equal_time=True), {})
+    assert plan.steps["full"] * 4 == pytest.approx(plan.steps["perft-r"], abs=4)
+    assert plan.steps["perft-s"] == 2 * plan.steps["perft-r"]
+
+
+def test_a_plan_survives_json() -> None:
+    import json
+
+    plan = _plan()
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
