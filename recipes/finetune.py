@@ -22,6 +22,7 @@ from built_in_data import build_built_in
 from distribution import check_distributed_model
 from entry import refuse_common_mistakes, run_recipe
 from finetune_arguments import (
+    BUILT_IN_DATASETS,
     QUICKSTART_MODEL,
     Arguments,
     UserError,
@@ -100,6 +101,7 @@ def finetune(arguments: Arguments, command: str) -> dict[str, Any]:
         train_rows = encode_rows(rows["train"], tokenizer, arguments.data.max_length, "tokenize train rows")
     if training.process_index == 0:
         claim_output_folder(arguments)
+        keep_built_in_rows(arguments, rows)
 
     trained = None
     if arguments.adapter.peft == "none":
@@ -238,6 +240,14 @@ def prepare_base(arguments: Arguments, corpus: Corpus | None) -> tuple[str, dict
             "--allow_weak_base."
         )
     return str(folder.resolve()), {key: value for key, value in report.items() if key != "log"}
+
+
+def keep_built_in_rows(arguments: Arguments, rows: Mapping[str, Dataset]) -> None:
+    """Rows that no file holds as `NAME_train.jsonl` and `NAME_test.jsonl` beside the output folder, for other commands."""
+    name = arguments.data.dataset_name
+    if name in BUILT_IN_DATASETS:
+        for side, part in rows.items():
+            part.to_json(arguments.output_dir.parent / f"{name}_{side}.jsonl")
 
 
 def build_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

@@ -31,12 +31,17 @@ def read_sections(text: str = README) -> dict[str, Section]:
     found = {}
     for part in re.split(r"^## ", text, flags=re.M)[1:]:
         title, _, body = part.partition("\n")
-        python = tuple(re.findall(r"```python\n(.*?)```", body, re.S))
-        shell = "".join(re.findall(r"```bash\n(.*?)```", body, re.S)).replace("\\\n", " ")
+        python = tuple(read_blocks("python", body))
+        shell = "".join(read_blocks("bash", body)).replace("\\\n", " ")
         commands = tuple(line for line in shell.splitlines() if line.strip())
         if python or commands:
             found[title] = Section(title, python, commands)
     return found
+
+
+def read_blocks(language: str, text: str = README) -> list[str]:
+    """All code blocks of one language, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def copy_recipes(folder: Path) -> None:
