@@ -19,6 +19,8 @@ ELSEWHERE = {
     "recipes/upcycle.py": "trains for half an hour; tests/recipes/test_upcycle.py runs it in small",
     "hf-moe transfer": "wants a tuned run; tests/mup/test_transfer.py makes one",
 }
+# It says which bars a model misses; narrow ones miss some by noise (model_cards/mup-coord.md).
+JUDGEMENT = "hf-moe coord-check"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -47,15 +49,14 @@ def make(what: str, folder: Path, hub: LocalHub) -> None:
 def run(words: list[str], folder: Path, hub: LocalHub) -> str:
     environment = hub.environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    allowed = (0, 1) if words[-1].startswith(JUDGEMENT) else (0,)
+    assert done.returncode in allowed, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
 
 # In one test: sections build on each other's folders, and a worker of their own each would not share them.
 def test_every_example_runs(hub, folder):
-    for title, section in SECTIONS.items():
-        if title == NEWCOMER:
-            continue
+    for section in SECTIONS.values():
         together = [block for block in section.python if UNDER_TORCHRUN not in block]
         if together:
             run([sys.executable, "-c", PRELUDE + "\n".join(together)], folder, hub)
