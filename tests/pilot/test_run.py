@@ -109,7 +109,7 @@ def test_a_metric_of_the_users_own(request_of, tmp_path: Path) -> None:
     module = tmp_path / "first_word" / "first_word.py"
     module.parent.mkdir()
     module.write_text(
-        "import datasets, evaluate\n\n"
+        "import datasets\nimport evaluate\n\n"
         "class FirstWord(evaluate.Metric):\n"
         "    def _info(self):\n"
         "        features = datasets.Features({'predictions': datasets.Value('string'), 'references': datasets.Value('string')})\n"
