@@ -113,8 +113,9 @@ def choose_few(index: Tensor, num_experts: int) -> Path | None:
     # In training the backward would scatter the factors back. Up to here gathering copies no more than dense-masked.
     if torch.is_grad_enabled() or not 0 < index.numel() <= num_experts:
         return None
-    # One token, float32 (hidden 1024, inner 2816, 8 experts of rank 4) on a CPU core: top-1 / 2 / 4 take 1.0 / 1.0 / 1.2 of
-    # one dense FFN's time, gathered 1.4 / 1.4 / 1.5. More tokens were not measured. A compiler or a fake tensor has no ids.
+    # One token, float32 (hidden 1024, inner 2816, 8 experts of rank 4) on a CPU core: top-1 / 2 / 4 take 1.12 / 1.22 / 1.29 of
+    # one dense FFN's time, gathered 1.23 / 1.34 / 1.30 (model_cards/ders-upcycle.md and its history); more tokens were not
+    # measured. A compiler or a fake tensor has no ids to ask for.
     plain = type(index) is Tensor and index.device.type == "cpu" and not torch.compiler.is_compiling()
     return "pairwise" if plain and len(index) == 1 else "gathered"
 
