@@ -26,8 +26,8 @@ TESTED = {
 }
 
 
-# Each includes those before it.
-_EXTRAS = (None, "recipes", "test", "dev")
+# Of a package that several bring, the first is named.
+_EXTRAS = (None, "recipes", "audit", "plan", "pilot", "search", "test", "programs", "dev")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_moe_ext.environment import TESTED, Device, Environment, PackageVersion, read_environment
+from hf_moe_ext.environment import _EXTRAS, TESTED, Device, Environment, PackageVersion, read_environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +26,14 @@ def test_accepted_ranges_are_those_of_pyproject() -> None:
     for name in TESTED:
         assert f"{name}{packages[name].accepted}" in asked
     assert [packages[name].extra for name in ("torch", "datasets", "trl")] == [None, "recipes", "test"]
+
+
+def test_every_extra_is_known() -> None:
+    """One that is not would count as always needed."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == set(_EXTRAS) - {None}
 
 
 @pytest.mark.parametrize(

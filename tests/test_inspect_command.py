@@ -130,7 +130,7 @@ def test_another_version_of_the_model_is_exit_code_1(folder: Path, old: Path) ->
 
 def test_our_own_model_types(folder: Path, tmp_path: Path) -> None:
     """A type that only this package knows, with its blocks in the latent width."""
-    sizes = {key: value for key, value in zoo._COMMON.items() if key != "initializer_range"}
+    sizes = {key: value for key, value in zoo.COMMON.items() if key != "initializer_range"}
     config = OlmoeExtConfig(
         **sizes, num_hidden_layers=2, num_experts=8, num_experts_per_tok=2, moe_block="dcca", moe_latent_size=16
     )

@@ -139,14 +139,14 @@ def test_inherit_follows_the_base_model(family, settings, sums_to_one):
     model = get_peft_model(zoo.build(family, **settings), PerftConfig(r=2, num_experts=4, top_k=2))
     layer = next(m for m in model.modules() if isinstance(m, PerftLayer))
     model.eval()
-    _, weights = layer._route("default", torch.randn(64, layer.in_features), None)
+    _, weights = layer._route("default", torch.randn(64, layer.in_features), None, None)
     if sums_to_one:
         torch.testing.assert_close(weights.sum(-1), torch.ones(64))
     else:
         assert (weights.sum(-1) < 1 - 1e-4).all()
     single = get_peft_model(zoo.build(family, **settings), PerftConfig(r=2, num_experts=4, top_k=1))
     layer = next(m for m in single.eval().modules() if isinstance(m, PerftLayer))
-    assert (layer._route("default", torch.randn(64, layer.in_features), None)[1] < 1 - 1e-4).all()
+    assert (layer._route("default", torch.randn(64, layer.in_features), None, None)[1] < 1 - 1e-4).all()
 
 
 @pytest.mark.filterwarnings("ignore:PerftConfig. variant='R' with num_experts=1:UserWarning")
