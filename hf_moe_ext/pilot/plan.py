@@ -131,18 +131,16 @@ def make_plan(
     Raises:
         ValueError: The least pilot does not fit; the message says what it needs.
     """
-    least = room.steps or 4 * room.min_steps
     kept = list(candidates)
     while True:
         enough = len(kept) if not room.may_drop else min(MIN_TRAINED, len(candidates))
-        wanted = least if room.steps or len(kept) <= COMFORTABLE_TRAINED else COMFORTABLE_FACTOR * least
-        needed = _estimate(kept, speeds, rates, room, wanted)
+        steps = _least_steps(kept, room)
+        needed = _estimate(kept, speeds, rates, room, steps)
         if needed <= room.seconds:
             break
         if len(kept) <= enough:
-            _refuse(kept, needed, least, room)
+            _refuse(kept, needed, steps, room)
         kept.pop()
-    steps = wanted
     while (
         room.steps is None
         and 2 * steps * room.batch_size <= MAX_EPOCHS * room.train_rows
@@ -151,8 +149,7 @@ def make_plan(
         steps *= 2
     names = tuple(candidate.name for candidate in kept)
     by_name = _steps_of(kept, speeds, room, steps)
-    minutes = (room.seconds + room.spent) / 60
-    late = {c.name: f"did not fit the budget of {minutes:g} minutes" for c in candidates if c.name not in names}
+    late = {c.name: tell_budget(room) for c in candidates if c.name not in names}
     return Plan(
         names,
         by_name,
@@ -163,6 +160,32 @@ def make_plan(
         _estimate(kept, speeds, rates, room, steps),
         {name: count * room.batch_size / room.train_rows for name, count in by_name.items()},
     )
+
+
+def fills_budget(
+    candidates: Sequence[Candidate],
+    speeds: Mapping[str, Speed],
+    rates: Mapping[str, tuple[float, ...]],
+    room: Room,
+) -> bool:
+    """Whether `make_plan` would leave the last of these out, and with it all that come after: they need no trial."""
+    if not room.may_drop or len(candidates) < MIN_TRAINED:
+        return False
+    return _estimate(candidates, speeds, rates, room, _least_steps(candidates, room)) > room.seconds
+
+
+def tell_budget(room: Room) -> str:
+    """Why a candidate is left out that the budget has no room for."""
+    return f"did not fit the budget of {(room.seconds + room.spent) / 60:g} minutes"
+
+
+def _least_steps(kept: Sequence[Candidate], room: Room) -> int:
+    if room.steps:
+        return room.steps
+    comfortable = (
+        room.may_drop and len(kept) > COMFORTABLE_TRAINED
+    )  # those asked for by name stay, if need be at the least
+    return 4 * room.min_steps * (COMFORTABLE_FACTOR if comfortable else 1)
 
 
 def _steps_of(kept: Sequence[Candidate], speeds: Mapping[str, Speed], room: Room, steps: int) -> dict[str, int]:
@@ -186,11 +209,11 @@ def _estimate(
     return SAFETY * ((search + room.num_seeds * sum(finals)) / room.processes + finals[0])
 
 
-def _refuse(kept: Sequence[Candidate], needed: float, least: int, room: Room) -> None:
+def _refuse(kept: Sequence[Candidate], needed: float, steps: int, room: Room) -> None:
     minutes = math.ceil((needed + room.spent) / 60 * 10) / 10
     names = ", ".join(candidate.name for candidate in kept)
     raise ValueError(
-        f"--budget-minutes {(room.seconds + room.spent) / 60:g} is too small: {names} with {least} steps and "
+        f"--budget-minutes {(room.seconds + room.spent) / 60:g} is too small: {names} with {steps} steps and "
         f"{room.num_seeds} seeds need about {minutes:g} minutes on {room.processes} processes ({room.spent:.0f} s of it for "
         "trial steps). Give that much, or fewer --candidates, --seeds or --learning-rates, or shorter arms with --min-steps."
     )

@@ -7,21 +7,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_moe_ext.pilot import stages
-from hf_moe_ext.pilot.arm import DONE
 from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
 from hf_moe_ext.pilot.folder import PLAN, RESULT, claim_folder, read_json, write_json
-from hf_moe_ext.pilot.plan import Plan, Room, Speed, make_plan
+from hf_moe_ext.pilot.plan import Plan, Room, Speed, fills_budget, make_plan, tell_budget
 from hf_moe_ext.pilot.pool import Pool, ProcessPool, Result, Spec
 from hf_moe_ext.pilot.progress import Progress
 from hf_moe_ext.pilot.request import PilotRequest
-from hf_moe_ext.pilot.subject import BYTES_PER_TRAINED_PARAMETER, load_tokenizer, read_subject
+from hf_moe_ext.pilot.subject import load_tokenizer, read_subject
+from hf_moe_ext.pilot.trials import BASE, Trials, leave_out_too_large, read_speeds, try_out
 
-TRIAL_STEPS = 5
 TRIAL_SHARE = 0.25  # of the budget; what was not tried by then is left out
-BASE = "base"
 
 
 def run_pilot(request: PilotRequest, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -143,106 +141,60 @@ class _Pilot:
                 upcycle(self.request.model, target, form="ders", seed=self.request.seed, **candidate.settings)
         return str(target)
 
-    def _plan(self, candidates: Sequence[Candidate], facts: dict[str, Any]) -> tuple[dict[str, Result], Plan]:
+    def _plan(self, candidates: Sequence[Candidate], facts: dict[str, Any]) -> tuple[Trials, Plan]:
         """Trial steps of every candidate, then the plan; both are kept, so that a restart goes on with the same ones."""
         request, saved = self.request, read_json(self.folder / PLAN)
         if saved is not None:
             plan = Plan.from_dict(saved)
             wanted = [c for c in candidates if c.name in (BASE, *plan.candidates)]
-            return self._try_out(wanted, {}, limit=float("inf")), plan
-        left_out: dict[str, str] = {}
-        trials = self._try_out(
-            self._fitting_memory(candidates, left_out), left_out, TRIAL_SHARE * 60 * request.budget_minutes
+            return try_out(self._run, wanted, self._settings, request, lambda _: None)[0], plan
+        fitting, large = leave_out_too_large(candidates, self.subject.num_parameters, request.processes)
+        trials, left_out = try_out(
+            self._run, fitting, self._settings, request, lambda trials: self._why_enough(fitting, trials, facts)
         )
-        tried = [c for c in candidates if c.name in trials and c.name != BASE]
-        if not tried:
+        asked = self._asked(fitting, trials, facts)
+        left_out = large | left_out
+        if not asked.candidates:
             told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
             raise ValueError(f"no candidate can be trained here ({told}). Give other --candidates.")
-        finish = self._finish_seconds(trials[BASE])
-        speeds = {c.name: _speed(trials[c.name], finish) for c in tried}
-        rates = {c.name: request.learning_rates or c.learning_rates for c in tried}
+        plan = make_plan(*asked, left_out)
+        write_json(self.folder / PLAN, plan.as_dict())
+        return trials, plan
+
+    def _asked(self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any]) -> "_Asked":
+        """What the plan is made of, as far as it is known by now."""
+        request, speeds = self.request, read_speeds(trials)
         spent = time.monotonic() - self.began
         room = Room(
             60 * request.budget_minutes - spent, spent, request.processes, request.num_seeds, request.num_finalists,
             request.min_steps, request.steps, request.batch_size, facts["train_rows"], request.equal == "time",
             may_drop=not request.candidates,
         )  # fmt: skip
-        plan = make_plan(tried, speeds, rates, room, left_out)
-        write_json(self.folder / PLAN, plan.as_dict())
-        return trials, plan
+        tried = [c for c in candidates if c.name in speeds]
+        return _Asked(tried, speeds, {c.name: request.learning_rates or c.learning_rates for c in tried}, room)
 
-    def _fitting_memory(self, candidates: Sequence[Candidate], left_out: dict[str, str]) -> list[Candidate]:
-        """Without candidates that train all weights where these do not fit: there is no point in trying."""
-        import psutil
-        import torch
-
-        needed = BYTES_PER_TRAINED_PARAMETER * self.subject.num_parameters * self.request.processes
-        if torch.cuda.is_available():
-            free, where = torch.cuda.mem_get_info()[0], "on the device"
-        else:
-            free, where = psutil.virtual_memory().available, "of memory"
-        kept = []
-        for candidate in candidates:
-            if candidate.kind in ("full", "upcycle") and needed > free:
-                left_out[candidate.name] = (
-                    f"training all weights takes at least {needed / 1e9:.1f} GB in {self.request.processes} processes, and "
-                    f"{free / 1e9:.1f} GB {where} are free"
-                )
-            else:
-                kept.append(candidate)
-        return kept
-
-    def _try_out(self, candidates: Sequence[Candidate], left_out: dict[str, str], limit: float) -> dict[str, Result]:
-        """A few steps of every candidate, some at a time until the limit; what fails is left out with its reason.
-
-        The base is measured whole, once: it has nothing to train.
-
-        Raises:
-            RuntimeError: The base failed.
-        """
-        trials: dict[str, Result] = {}
-        waiting = list(candidates)
-        while waiting:
-            late = time.monotonic() - self.began > limit and len(trials) > 2 and not self.request.candidates
-            if late:
-                left_out |= {c.name: "its speed could not be tried within a quarter of the budget" for c in waiting}
-                break
-            now, waiting = waiting[: self.request.processes], waiting[self.request.processes :]
-            specs = []
-            for c in now:
-                if c.name == BASE:
-                    specs.append(stages.make_spec(self._settings(c), c, None, self.request.seed, 0, "final"))
-                else:
-                    rate = min(
-                        self.request.learning_rates or c.learning_rates
-                    )  # the speed is asked, not what it learns
-                    specs.append(stages.make_spec(self._settings(c), c, rate, self.request.seed, TRIAL_STEPS, "trial"))
-            for result in self._run("trial steps", specs).values():
-                name = result["spec"]["candidate"]["name"]
-                if result["status"] == DONE:
-                    trials[name] = result
-                elif name == BASE:
-                    raise RuntimeError(f"the frozen base cannot be measured: {result['reason']}")
-                else:
-                    left_out[name] = result["reason"]
-        return trials
+    def _why_enough(self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any]) -> str | None:
+        """Why no more candidates need be tried; None where they do."""
+        asked = self._asked(candidates, trials, facts)
+        room = asked.room
+        if fills_budget(*asked):
+            return tell_budget(room)
+        if room.may_drop and len(trials) > 2 and room.spent > TRIAL_SHARE * (room.spent + room.seconds):
+            return "its speed could not be tried within a quarter of the budget"
+        return None
 
     def _run(self, stage: str, specs: Sequence[Spec]) -> dict[str, Result]:
         with self.progress.stage(stage, len(specs)) as done:
             assert self.pool is not None
             return self.pool.run(specs, done)
 
-    def _finish_seconds(self, base: Result) -> float:
-        measured = base["measured"]
-        return float(measured["wall_s"] - measured["startup_s"])
-
-    def _num_finalists(self, plan: Plan, trials: dict[str, Result]) -> int:
+    def _num_finalists(self, plan: Plan, trials: Trials) -> int:
         """Fewer than planned where the rounds before took longer than they should have."""
         if self.request.steps:
             return plan.num_finalists
         left = self._deadline() - time.monotonic()
-        finish = self._finish_seconds(trials[BASE])
-        longest = max(_speed(trials[name], finish).final(plan.steps[name]) for name in plan.candidates)
+        speeds = read_speeds(trials)
+        longest = max(speeds[name].final(plan.steps[name]) for name in plan.candidates)
         fit = int(left * self.request.processes / (longest * plan.num_seeds))
         return min(plan.num_finalists, max(2, fit))
 
@@ -254,9 +206,13 @@ class _Pilot:
         }
 
 
-def _speed(trial: Result, finish: float) -> Speed:
-    measured = trial["measured"]
-    return Speed(measured["startup_s"], measured["step_s"], measured["losses_s"], finish)
+class _Asked(NamedTuple):
+    """The first arguments of `make_plan`."""
+
+    candidates: list[Candidate]
+    speeds: dict[str, Speed]
+    rates: dict[str, tuple[float, ...]]
+    room: Room
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hf_moe_ext.pilot.candidates import TABLE
-from hf_moe_ext.pilot.plan import Plan, Room, Speed, make_plan
+from hf_moe_ext.pilot.plan import Plan, Room, Speed, fills_budget, make_plan
 
 CANDIDATES = [candidate for candidate in TABLE if candidate.kind != "base" and candidate.needs != "dense"]
 SPEEDS = {candidate.name: Speed(1.0, 0.1, 1.0, 5.0) for candidate in CANDIDATES}
@@ -52,6 +52,30 @@ def test_too_small_a_budget_is_refused_with_what_it_needs() -> None:
 def test_candidates_asked_for_by_name_are_never_dropped() -> None:
     with pytest.raises(ValueError, match="too small"):
         _plan(seconds=150.0, may_drop=False)
+
+
+def test_candidates_asked_for_by_name_get_the_least_steps_where_no_more_fit() -> None:
+    roomy = _plan(seconds=1e5)
+    least = next(s for s in range(50, 2000, 50) if _fits(seconds=float(s), may_drop=False))
+    plan = _plan(seconds=float(least), may_drop=False)
+    assert set(plan.candidates) == set(roomy.candidates)
+    assert set(plan.steps.values()) == {64}
+
+
+def test_trials_end_where_a_plan_of_all_would_leave_the_last_one_out() -> None:
+    room = replace(ROOM, seconds=150.0)
+    kept = len(_plan(seconds=150.0).candidates)
+    for count in range(1, len(CANDIDATES) + 1):
+        assert fills_budget(CANDIDATES[:count], SPEEDS, RATES, room) == (count > kept)
+    assert not fills_budget(CANDIDATES, SPEEDS, RATES, replace(room, may_drop=False))
+    assert not fills_budget(CANDIDATES[:1], SPEEDS, RATES, replace(room, seconds=1.0))
+
+
+def _fits(**changes) -> bool:
+    try:
+        return bool(_plan(**changes))
+    except ValueError:
+        return False
 
 
 def test_fixed_steps_stay() -> None:

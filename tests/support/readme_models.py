@@ -63,10 +63,12 @@ def prepare(folder: Path) -> None:
             parameter.data += 1e-3 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
         build_byte_tokenizer().save_pretrained(folder / name)
-    tokens = [[3 + (7 * row + place) % 200 for place in range(64)] for row in range(64)]
+    # A step of 4 x 4096 tokens, as the README's `calibrate` says of it.
+    tokens = [[3 + (7 * row + place) % 200 for place in range(4096)] for row in range(8)]
     arguments = TrainingArguments(
-        str(folder / "my-run"), max_steps=12, logging_steps=2, report_to=[], use_cpu=True, save_strategy="no"
-    )
+        str(folder / "my-run"), max_steps=12, logging_steps=2, report_to=[], use_cpu=True, save_strategy="no",
+        per_device_train_batch_size=4,
+    )  # fmt: skip
     rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
     trainer = Trainer(AutoModelForCausalLM.from_pretrained(OLMOE), arguments, train_dataset=rows)
     trainer.train()
