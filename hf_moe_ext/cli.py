@@ -11,6 +11,7 @@ from hf_moe_ext.commands import (
     cost_model,
     delta,
     diagnosis,
+    export,
     fold,
     inspect,
     mup,
@@ -81,6 +82,9 @@ app.command("compress", short_help="Store the experts of an upcycled MoE as one 
 )
 app.command("upcycle", short_help="Make a dense checkpoint a Mixture-of-Experts one with the same logits.")(
     upcycle.upcycle_checkpoint
+)
+app.command("export", short_help="Write experts that share a base as ordinary ones: a stock checkpoint.")(
+    export.export_experts
 )
 app.command("plan", short_help="How many experts at this budget, on this hardware.")(plan.plan_sparsity)
 app.command("pilot", short_help="Compare methods on your own rows; one recommendation.")(pilot.run_pilot_command)

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
 from hf_moe_ext.convert.delta_encoding import MAGNITUDE_DROP, Encoding
 from hf_moe_ext.convert.expert_matrices import MATRICES, ExpertMatrices, parent_name
-from hf_moe_ext.convert.fold_plan import read_attention_factor
+from hf_moe_ext.convert.stock_form import STOCK, find_extras, list_blocks, make_stock_config
 from hf_moe_ext.convert.streaming_reader import StreamingReader
 from hf_moe_ext.models import configuration
-from hf_moe_ext.models.configuration import ExtKeys, stock_dense_layers
+from hf_moe_ext.models.configuration import ExtKeys
 
 BASES = ("parent", "mean", "least_squares")
-# Stock type of each family, its configuration, and the dense types whose FFN and attention it has.
-STOCK: dict[str, type] = {"mixtral": MixtralConfig, "olmoe": OlmoeConfig, "qwen3_moe": Qwen3MoeConfig}
+# Configuration of each family's result, and the dense types whose FFN and attention it has.
 _TARGETS = {"mixtral": "MixtralExtConfig", "olmoe": "OlmoeExtConfig", "qwen3_moe": "Qwen3MoeExtConfig"}
 _PARENTS = {"mixtral": ("llama", "mistral"), "olmoe": ("olmo", "olmo2", "llama"), "qwen3_moe": ("qwen3",)}
 
@@ -99,7 +98,7 @@ def target_config(plan: CompressPlan, chosen: Mapping[tuple[int, str], Encoding]
     target = getattr(configuration, _TARGETS[plan.family])
     first = next(iter(chosen.values()))
     num_layers = plan.config.num_hidden_layers
-    blocks = ["ders" if layer in plan.experts.layers else block for layer, block in enumerate(_blocks(plan.config))]
+    blocks = ["ders" if layer in plan.experts.layers else block for layer, block in enumerate(list_blocks(plan.config))]
     keys: dict[str, Any] = {
         "moe_block": "ders" if set(blocks) == {"ders"} else blocks,
         "ders_delta": first.form,
@@ -129,37 +128,13 @@ def stock_config(plan: CompressPlan) -> Any:
     Raises:
         ValueError: blocks or multipliers that the stock family does not have.
     """
-    stock = STOCK[plan.family]
-    if plan.is_ext:
-        _refuse_in_stock(plan.config, plan.family)
-    ours = {f.name for f in fields(ExtKeys)} | {"model_type"}
-    settings = {name: value for name, value in plan.config.to_dict().items() if not plan.is_ext or name not in ours}
-    settings.pop("model_type", None)
-    if plan.family == "mixtral":
-        settings.pop("norm_topk_prob", None)
-    settings["architectures"] = [stock.__name__.replace("Config", "ForCausalLM")]
-    return stock.from_dict(settings)  # type: ignore[attr-defined]
-
-
-def _refuse_in_stock(config: Any, family: str) -> None:
-    plain = stock_dense_layers(config)
-    others = [block for layer, block in enumerate(_blocks(config)) if block != "standard" and layer not in plain]
-    factors = {
-        "embedding_multiplier": config.embedding_multiplier,
-        "attention_multiplier": read_attention_factor(config),
-        "residual_multiplier": config.residual_multiplier,
-        "logits_scaling": config.logits_scaling or 1.0,
-        "router_logits_scaling": config.router_logits_scaling or 1.0,
-    }
-    what = [f"moe_block={others[0]!r}"] if others else []
-    if family == "mixtral" and not config.norm_topk_prob:
-        what.append("norm_topk_prob=False")
-    scaled = [f"{name}={getattr(config, name)}" for name, factor in factors.items() if factor != 1]
+    what, scaled = find_extras(plan.config, plan.family) if plan.is_ext else ([], [])
     if what or scaled:
         raise ValueError(
-            f"export='stock': the source has {(what + scaled)[0]}, which a stock {family} model has not; leave export out"
-            + ("" if what else ", or fold the multipliers first (hf-moe fold)")
+            f"export='stock': the source has {(what + scaled)[0]}, which a stock {plan.family} model has not; leave export "
+            "out" + ("" if what else ", or fold the multipliers first (hf-moe fold)")
         )
+    return make_stock_config(plan.config, plan.family)
 
 
 def _check_base(parent: Any, base: str) -> None:
@@ -172,12 +147,6 @@ def _check_base(parent: Any, base: str) -> None:
         )
     if base != "parent" and parent is not None:
         raise ValueError(f"base={base!r} does not use a parent, got parent={str(parent)!r}; leave one of the two out")
-
-
-def _blocks(config: Any) -> list[str]:
-    dense = stock_dense_layers(config)
-    stock = ["dense" if layer in dense else "standard" for layer in range(config.num_hidden_layers)]
-    return list(getattr(config, "moe_blocks", stock))
 
 
 def _check_names(reader: StreamingReader, config: Any) -> None:
@@ -195,11 +164,11 @@ def _check_names(reader: StreamingReader, config: Any) -> None:
 
 
 def _standard_layers(model: Any, config: Any) -> list[int]:
-    blocks = _blocks(config)
+    blocks = list_blocks(config)
     if "ders" in blocks:
         raise ValueError(
             f"{model} has layers with moe_block='ders' already (layer {blocks.index('ders')}); compress the MoE it was made "
-            "from"
+            "from, or write ordinary experts first (hf-moe export)"
         )
     layers = [layer for layer, block in enumerate(blocks) if block == "standard"]
     if not layers:

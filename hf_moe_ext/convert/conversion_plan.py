@@ -172,7 +172,7 @@ def _refuse_other_blocks(blocks: list[str], chosen: list[int]) -> None:
     if other:
         raise ValueError(
             f"layer {other[0]} has moe_block={blocks[other[0]]!r}, which to_dcca does not read (layers to convert: {chosen}); "
-            "write ordinary experts first (`hf-moe compress --export stock` for moe_block='ders')"
+            "write ordinary experts first (`hf-moe export` for moe_block='ders')"
         )
 
 

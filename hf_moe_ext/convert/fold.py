@@ -7,11 +7,9 @@ package.
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from hf_moe_ext.convert.checkpoint import (
     DEFAULT_SHARD_BYTES,
@@ -24,9 +22,9 @@ from hf_moe_ext.convert.checkpoint import (
 from hf_moe_ext.convert.expert_layout import stock_tensors
 from hf_moe_ext.convert.fold_plan import EMBEDDING, HEAD, FoldPlan, is_power_of_two, plan_fold
 from hf_moe_ext.convert.fold_report import FoldReport
+from hf_moe_ext.convert.logit_check import draw_tokens, load_plain
 
 _LAST_NORM = "model.norm.weight"  # small, and of the type of the rest
-_CHECKED_ROWS, _CHECKED_LENGTH = 2, 16
 
 
 def fold(
@@ -145,24 +143,14 @@ def _write_tensors(plan: FoldPlan, reader: CheckpointReader, writer: CheckpointW
             write("lm_head.weight", tensor, HEAD)
 
 
+@torch.no_grad()
 def _compare(plan: FoldPlan, folder: Path, report: FoldReport) -> None:
     """Note the difference between the logits of source and result; raise if there is one where none was promised."""
-    length = min(_CHECKED_LENGTH, plan.config.max_position_embeddings)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(plan.config.vocab_size, (_CHECKED_ROWS, length), generator=generator)
-    wanted, found = _compute_logits(plan.source, ids), _compute_logits(folder, ids)
+    ids = draw_tokens(plan.config)
+    wanted, found = (load_plain(each)(input_ids=ids).logits for each in (plan.source, folder))
     report.max_logit_difference, report.max_logit = float((found - wanted).abs().max()), float(wanted.abs().max())
     if report.bit_equal and not torch.equal(found, wanted):
         raise RuntimeError(
             f"fold: every factor is a power of two, but logits differ by up to {report.max_logit_difference:.3g}; nothing "
             "was written. That is a mistake in this package: report it, with the source's config.json"
         )
-
-
-@torch.no_grad()
-def _compute_logits(folder: Path, ids: Tensor) -> Tensor:
-    # Plain loops, which every type has, and which are the same in both models.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", experts_implementation="eager"
-    )
-    return loaded.eval()(input_ids=ids).logits

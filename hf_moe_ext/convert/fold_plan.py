@@ -12,25 +12,26 @@
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_moe_ext.convert.checkpoint import CheckpointReader
 from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
 from hf_moe_ext.convert.expert_layout import stock_tensors
-from hf_moe_ext.models.configuration import STANDARD, ExtKeys
+from hf_moe_ext.convert.stock_form import make_stock_config, read_attention_factor
+from hf_moe_ext.models.configuration import STANDARD
 from hf_moe_ext.mup.settings import read_head_dim
 
 logger = logging.get_logger(__name__)
 
 EMBEDDING, HEAD, ROUTER, ATTENTION_OUTPUT, EXPERTS_OUTPUT = "embed_tokens", "lm_head", "router", "o_proj", "down_proj"
 QUERIES = {"mixtral": "q_proj", "olmoe": "q_norm"}
-_STOCK: dict[str, type] = {"mixtral_ext": MixtralConfig, "olmoe_ext": OlmoeConfig}
+_SOURCES = ("mixtral_ext", "olmoe_ext")
 # Both ways of storing experts.
 _TENSORS = {
     EMBEDDING: r"model\.embed_tokens\.weight",
@@ -109,11 +110,13 @@ def plan_fold(model: str | os.PathLike[str], untie: bool = False) -> FoldPlan:
     refuse_adapter(Path(model), "fold")
     source = locate_checkpoint(model)
     config = read_config(model, source)
-    if config.model_type not in _STOCK:
+    if config.model_type not in _SOURCES:
         stock = " It is a stock checkpoint already." if config.model_type in QUERIES else ""
-        raise ValueError(f"fold takes {', '.join(_STOCK)}; {model} has model_type {config.model_type!r}.{stock}")
+        raise ValueError(f"fold takes {', '.join(_SOURCES)}; {model} has model_type {config.model_type!r}.{stock}")
     refuse_quantised(model, config, "fold")
-    target = _make_stock_config(config, untie)
+    target = make_stock_config(config, config.model_type.removesuffix("_ext"))
+    if untie:
+        target.tie_word_embeddings = False
     _refuse_other_blocks(config, target.model_type)
     _refuse_raw_gates(config, target.model_type)
     factors = read_factors(config)
@@ -141,35 +144,9 @@ def read_factors(config: Any) -> dict[str, float]:
     }
 
 
-def read_attention_factor(config: Any) -> float:
-    """What the attention logits are multiplied by, over what a stock model multiplies them by.
-
-    A power of two where it is one but for float64's last digit: attention kernels take both numbers in float32.
-    """
-    if config.attention_multiplier is None:
-        return 1.0
-    stock = read_head_dim(config) ** -0.5
-    factor = float(config.attention_multiplier) / stock
-    nearest = 2.0 ** round(math.log2(factor))
-    wanted, found = torch.tensor([config.attention_multiplier, nearest * stock], dtype=torch.float32).tolist()
-    return nearest if wanted == found else factor
-
-
 def is_power_of_two(factor: float) -> bool:
     """Whether a product with it is exact."""
     return math.frexp(factor)[0] == 0.5
-
-
-def _make_stock_config(config: Any, untie: bool) -> Any:
-    stock = _STOCK[config.model_type]
-    ours = {"model_type", *(f.name for f in fields(ExtKeys))}
-    settings = {name: value for name, value in config.to_dict().items() if name not in ours}
-    if "norm_topk_prob" not in {f.name for f in fields(stock)}:
-        settings.pop("norm_topk_prob", None)  # Mixtral's stock router has no choice
-    settings["architectures"] = [stock.__name__.replace("Config", "ForCausalLM")]
-    if untie:
-        settings["tie_word_embeddings"] = False
-    return stock.from_dict(settings)  # type: ignore[attr-defined]
 
 
 def refuse_adapter(folder: Path, conversion: str) -> None:

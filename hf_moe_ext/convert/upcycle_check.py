@@ -5,16 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from hf_moe_ext.convert.logit_check import bound, draw_tokens, load_plain
 from hf_moe_ext.convert.upcycle_plan import UpcyclePlan
 from hf_moe_ext.convert.upcycle_report import UpcycleReport
-
-_CHECKED_ROWS, _CHECKED_LENGTH = 2, 16
-# Of logits of the order of 1 in a small model. Rounding in float32 (sums of gates, other shapes of the same products) adds
-# up over layers, and over the terms of a product as a random walk: measured 2e-6 to 3e-6 of the greatest logit in random
-# models of 12 to 24 layers and widths 512 to 1024, a sixth of what this allows.
-_BOUND, _SMALL = 1e-6, 32
 
 
 def compare(plan: UpcyclePlan, folder: Path, dtype: torch.dtype, report: UpcycleReport) -> None:
@@ -26,9 +20,7 @@ def compare(plan: UpcyclePlan, folder: Path, dtype: torch.dtype, report: Upcycle
     Raises:
         RuntimeError: the bound is missed.
     """
-    length = min(_CHECKED_LENGTH, plan.config.max_position_embeddings)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(plan.config.vocab_size, (_CHECKED_ROWS, length), generator=generator)
+    ids = draw_tokens(plan.config)
     work = torch.promote_types(dtype, torch.float32)
     found, sums = _run_result(folder, ids, work, plan)
     wanted, scaled = _run_parent(plan, ids, work, sums)
@@ -46,15 +38,10 @@ def compare(plan: UpcyclePlan, folder: Path, dtype: torch.dtype, report: Upcycle
         )
 
 
-def bound(num_layers: int, hidden_size: int, max_logit: float) -> float:
-    """Greatest difference of a logit that rounding explains: 1e-6, times the greatest logit, times L sqrt(d) / 32."""
-    return _BOUND * max(1.0, max_logit) * max(1.0, num_layers * hidden_size**0.5 / _SMALL)
-
-
 @torch.no_grad()
 def _run_result(folder: Path, ids: Tensor, work: torch.dtype, plan: UpcyclePlan) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits, and where gates do not sum to 1 each token's sum of them by layer, [rows, length, 1]."""
-    model = _load(folder, work)
+    model = load_plain(folder, work)
     sums: dict[int, Tensor] = {}
     if not plan.keeps_function:
         for layer in plan.layers:
@@ -70,7 +57,7 @@ def _run_result(folder: Path, ids: Tensor, work: torch.dtype, plan: UpcyclePlan)
 def _run_parent(plan: UpcyclePlan, ids: Tensor, work: torch.dtype, sums: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
     """The parent's logits, and those with each FFN's output times the sums."""
     # Rounded as the result's weights were.
-    model = _load(plan.source, plan.dtype or work).to(work)
+    model = load_plain(plan.source, plan.dtype or work).to(work)
     logits = model(input_ids=ids).logits
     if not sums:
         return logits, logits
@@ -81,11 +68,3 @@ def _run_parent(plan: UpcyclePlan, ids: Tensor, work: torch.dtype, sums: dict[in
 
         model.model.layers[layer].mlp.register_forward_hook(scale)
     return logits, model(input_ids=ids).logits
-
-
-def _load(folder: Path, dtype: torch.dtype) -> Any:
-    # Plain loops, which every type has.
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-    )
-    return model.eval()

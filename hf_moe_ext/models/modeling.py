@@ -144,7 +144,7 @@ class ChosenBlocks:
         if save_original_format and DERS in self.config.moe_blocks:  # type: ignore[attr-defined]
             raise ValueError(
                 "save_original_format=True writes one matrix per expert, which experts with a shared base (moe_block='ders') "
-                "do not have; leave it out, or write ordinary experts with `hf-moe compress --export stock`"
+                "do not have; leave it out, or write ordinary experts with `hf-moe export`"
             )
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
 

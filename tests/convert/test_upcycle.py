@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_moe_ext.convert import upcycle
-from hf_moe_ext.convert.upcycle_check import bound
+from hf_moe_ext.convert.logit_check import bound
 from support.dense_models import PARENTS, check_equal, load_logits, make_ids, read_logits, read_weights, save_dense
 from support.tiny_training import collate, rows
 

@@ -1,0 +1,124 @@
+"""What an export will do, and everything that can be refused before a weight is read."""
+
+import copy
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_moe_ext.convert.checkpoint import CheckpointReader
+from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
+from hf_moe_ext.convert.fold_plan import refuse_adapter
+from hf_moe_ext.convert.stock_form import STOCK, find_extras, make_stock_config
+from hf_moe_ext.models.configuration import DERS, STANDARD, ExtKeys
+
+_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\..+")
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export that can be carried out.
+
+    Attributes:
+        source: folder of the source checkpoint.
+        config: its configuration.
+        target: configuration of the result.
+        family: "mixtral", "olmoe" or "qwen3_moe".
+        layers: those with a shared base.
+        kept: what the source has beside that and a stock model has not, as ``key=value``; empty: the result is a stock one.
+    """
+
+    source: Path
+    config: Any
+    target: Any
+    family: str
+    layers: tuple[int, ...]
+    kept: tuple[str, ...]
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the result opens without this package."""
+        return not self.kept
+
+    def layer_of(self, name: str) -> int | None:
+        """Layer whose shared-base experts a tensor belongs to; None for all others."""
+        found = _EXPERTS.fullmatch(name)
+        return int(found[1]) if found and int(found[1]) in self.layers else None
+
+    def check_tensors(self, reader: CheckpointReader) -> None:
+        """Refuse a checkpoint without a tensor of its model, or with one of another shape.
+
+        Raises:
+            ValueError: by name.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config))
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        optional = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        for name, shape in shapes.items():
+            if name not in reader:
+                # Ordinary experts beside those with a shared base may be stored one by one.
+                if name in optional or (".mlp.experts." in name and self.layer_of(name) is None):
+                    continue
+                raise ValueError(
+                    f"checkpoint {reader.folder} has no {name}; it is incomplete, or was saved without its language-model "
+                    "head: download or save it again"
+                )
+            if reader.shape(name) != shape:
+                raise ValueError(f"{name} is {reader.shape(name)} in {reader.folder}, its config.json says {shape}")
+
+
+def plan_export(model: str | os.PathLike[str]) -> ExportPlan:
+    """Check a request against the source's configuration.
+
+    Raises:
+        ValueError: naming the rule, the value and the next step.
+    """
+    refuse_adapter(Path(model), "export")
+    source = locate_checkpoint(model)
+    config = read_config(model, source)
+    family = config.model_type.removesuffix("_ext")
+    if family not in STOCK:
+        known = ", ".join(f"{name}_ext" for name in STOCK)
+        raise ValueError(f"export takes {known}; {model} has model_type {config.model_type!r}")
+    layers = tuple(i for i, block in enumerate(getattr(config, "moe_blocks", ())) if block == DERS)
+    if not layers:
+        raise ValueError(f"{model} has no layer with moe_block='ders': its experts are ordinary ones already")
+    refuse_quantised(model, config, "export")
+    _refuse_parts(model, config)
+    target = _without_shared_base(config)
+    kept = tuple(extra for extras in find_extras(target, family) for extra in extras)
+    return ExportPlan(source, config, target if kept else make_stock_config(target, family), family, layers, kept)
+
+
+def _refuse_parts(model: Any, config: Any) -> None:
+    """Parts of shared-base blocks that blocks of ordinary experts have not."""
+    parts = {
+        "ders_bias": (config.ders_bias, "biases"),
+        "moe_shared_expert_intermediate_size": (
+            config.moe_shared_expert_intermediate_size,
+            "an expert that serves every token",
+        ),
+    }
+    for key, (value, what) in parts.items():
+        if value:
+            raise ValueError(
+                f"{model} has {key}={value!r}: {what}, which blocks of ordinary experts have no place for. Serve it as it "
+                "is, with hf_moe_ext imported"
+            )
+
+
+def _without_shared_base(config: Any) -> Any:
+    """The same configuration with ordinary experts."""
+    blocks = config.moe_block
+    blocks = STANDARD if isinstance(blocks, str) else [STANDARD if block == DERS else block for block in blocks]
+    if set(blocks) == {STANDARD}:
+        blocks = STANDARD
+    unset = {f.name: f.default for f in fields(ExtKeys) if f.name.startswith("ders_")}
+    settings = config.to_dict() | unset | {"moe_block": blocks}
+    settings.pop("model_type")
+    return type(config).from_dict(settings)
