@@ -134,12 +134,21 @@ def test_what_a_stock_model_has_not_stays_and_folds(tmp_path: Path) -> None:
     assert "hf-moe fold" in report.as_text()
     ext = AutoModelForCausalLM.from_pretrained(tmp_path / "ext")
     assert ext.config.model_type == "mixtral_ext"
-    assert ext.config.moe_blocks == ["standard"] * 2
+    assert ext.config.moe_block == "standard"
+    assert ext.config.ders_rank is None
     torch.testing.assert_close(logits(ext), logits(model), rtol=1e-4, atol=1e-6)
     fold(tmp_path / "ext", tmp_path / "stock")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     assert type(stock) is MixtralForCausalLM
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-6)
+
+
+def test_raw_gates_are_no_stock_mixtral(tmp_path: Path) -> None:
+    model = save(tmp_path / "ders", "mixtral_ext", norm_topk_prob=False)
+    report = export(tmp_path / "ders", tmp_path / "ext")
+    assert report.kept == ["norm_topk_prob=False"]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "ext")
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-6)
 
 
 def test_other_blocks_stay_what_they_are(tmp_path: Path) -> None:
