@@ -7,6 +7,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One worker per core already; also for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Bit-equal tests are about our arithmetic: without this MKL may add up in another order where a tensor lies at another
+# address, as one mapped from a file does (seen on an AMD EPYC).
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 

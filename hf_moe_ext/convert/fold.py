@@ -40,9 +40,11 @@ def fold(
     """Fold the multipliers of a checkpoint into its weights and write a stock checkpoint.
 
     Logits are equal to the last bit if every factor is a power of two (width ratios mostly are), in float32, float64 and
-    bfloat16, and else up to rounding: 16-bit weights are multiplied in float32, wider ones in float64, and rounded once. In
-    float16 weights are exact too, but not logits: small activations that the source divides fall below what the type
-    resolves, and the result does not divide them. A tensor whose factor is 1 keeps its bytes. The router's logits stay the same too, so the load-balance loss and the z-loss do.
+    bfloat16, for weights at equally aligned addresses (libraries of matrix products may add up in another order elsewhere),
+    and else up to rounding: 16-bit weights are multiplied in float32, wider ones in float64, and rounded once. In float16
+    weights are exact too, but not logits: small activations that the source divides fall below what the type resolves, and
+    the result does not divide them. A tensor whose factor is 1 keeps its bytes. The router's logits stay the same too, so
+    the load-balance loss and the z-loss do.
 
     One tensor and one shard are in memory at a time; ``verify`` loads whole models, the source and then the result.
 

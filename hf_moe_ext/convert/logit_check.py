@@ -31,7 +31,14 @@ def load_plain(folder: Path, dtype: torch.dtype | None = None, **keys: Any) -> A
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", attn_implementation="eager", experts_implementation="eager", **keys
     )
+    _align(model)
     return model.eval()
+
+
+def _align(model: torch.nn.Module) -> None:
+    """Weights mapped from a file lie where its header ends; a product may add up in another order there (MKL on an AMD EPYC)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def bound(num_layers: int, hidden_size: int, max_logit: float) -> float:
