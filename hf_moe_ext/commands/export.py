@@ -11,7 +11,7 @@ def export_experts(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a model with moe_block='ders'.")],
     output: OutputFolder,
     verify: Annotated[
-        bool, typer.Option(help="Compare logits of source and result; loads both, one after the other.")
+        bool, typer.Option(help="Compare logits of source and result; loads both in float32, one after the other.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print; write nothing.")] = False,
     overwrite: Overwrite = False,

@@ -84,7 +84,10 @@ class CheckpointReader:
         index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
         self._indexed: dict[str, str] = {}
         if index.is_file():
-            self._indexed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                self._indexed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{index} is no index of a checkpoint: {error!r}; download it again") from error
             shards = [self.folder / name for name in dict.fromkeys(self._indexed.values())]
         elif single.is_file():
             shards = [single]
@@ -165,7 +168,11 @@ class CheckpointWriter:
             self._finish()
 
     def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        path = self._part(len(self._shards))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"could not write {self._pending_bytes:,} bytes to {path.parent}: {error}") from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -258,5 +265,8 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
         wanted = name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template"))
         if path.is_file() and (wanted or name in ("generation_config.json", "spiece.model", "LICENSE")):
             shutil.copyfile(path, target / name)
+            copied.append(name)
+        elif path.is_dir() and name == "additional_chat_templates":
+            shutil.copytree(path, target / name)
             copied.append(name)
     return copied

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
 from hf_moe_ext.convert.delta_encoding import MAGNITUDE_DROP, Encoding
 from hf_moe_ext.convert.expert_matrices import MATRICES, ExpertMatrices, parent_name
+from hf_moe_ext.convert.fold_plan import can_fold
 from hf_moe_ext.convert.stock_form import STOCK, find_extras, list_blocks, make_stock_config
 from hf_moe_ext.convert.streaming_reader import StreamingReader
 from hf_moe_ext.models import configuration
@@ -132,7 +133,7 @@ def stock_config(plan: CompressPlan) -> Any:
     if what or scaled:
         raise ValueError(
             f"export='stock': the source has {(what + scaled)[0]}, which a stock {plan.family} model has not; leave export "
-            "out" + ("" if what else ", or fold the multipliers first (hf-moe fold)")
+            "out" + ("" if what or not can_fold(plan.family) else ", or fold the multipliers first (hf-moe fold)")
         )
     return make_stock_config(plan.config, plan.family)
 

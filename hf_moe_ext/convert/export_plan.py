@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from hf_moe_ext.convert.checkpoint import CheckpointReader
 from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
-from hf_moe_ext.convert.fold_plan import refuse_adapter
+from hf_moe_ext.convert.expert_layout import stock_tensors
+from hf_moe_ext.convert.fold_plan import can_fold, refuse_adapter
 from hf_moe_ext.convert.stock_form import STOCK, find_extras, make_stock_config
 from hf_moe_ext.models.configuration import DERS, STANDARD, ExtKeys
 
-_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\..+")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERTS = re.compile(_LAYER.pattern + r"mlp\.experts\..+")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ExportPlan:
         family: "mixtral", "olmoe" or "qwen3_moe".
         layers: those with a shared base.
         kept: what the source has beside that and a stock model has not, as ``key=value``; empty: the result is a stock one.
+        can_fold: whether ``fold`` makes a stock model of the result.
     """
 
     source: Path
@@ -38,6 +41,7 @@ class ExportPlan:
     family: str
     layers: tuple[int, ...]
     kept: tuple[str, ...]
+    can_fold: bool
 
     @property
     def is_stock(self) -> bool:
@@ -50,26 +54,43 @@ class ExportPlan:
         return int(found[1]) if found and int(found[1]) in self.layers else None
 
     def check_tensors(self, reader: CheckpointReader) -> None:
-        """Refuse a checkpoint without a tensor of its model, or with one of another shape.
+        """Refuse a checkpoint that does not hold the tensors of its model, and no others.
 
         Raises:
-            ValueError: by name.
+            ValueError: a missing, additional or mis-shaped tensor, by name.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config))
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            expected = self._shapes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+            found = self._shapes({name: reader.shape(name) for name in reader.names})
         optional = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        for name, shape in shapes.items():
-            if name not in reader:
-                # Ordinary experts beside those with a shared base may be stored one by one.
-                if name in optional or (".mlp.experts." in name and self.layer_of(name) is None):
-                    continue
-                raise ValueError(
-                    f"checkpoint {reader.folder} has no {name}; it is incomplete, or was saved without its language-model "
-                    "head: download or save it again"
-                )
-            if reader.shape(name) != shape:
-                raise ValueError(f"{name} is {reader.shape(name)} in {reader.folder}, its config.json says {shape}")
+        missing, more = sorted(set(expected) - set(found) - optional), sorted(set(found) - set(expected))
+        if missing:
+            raise ValueError(
+                f"checkpoint {reader.folder} has no {missing[0]} ({len(missing)} tensors are missing); it is incomplete, "
+                "or was saved without its language-model head: download or save it again"
+            )
+        if more:
+            raise ValueError(
+                f"checkpoint {reader.folder} holds {more[0]}, which the model of its config.json has no place for; save the "
+                "model by itself, with save_pretrained"
+            )
+        for name, shape in found.items():
+            if shape != expected[name]:
+                raise ValueError(f"{name} is {shape} in {reader.folder}, its config.json says {expected[name]}")
+
+    def _shapes(self, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The same with ordinary experts one by one, as files may hold them or not; on the meta device."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        standard = {i for i, block in enumerate(self.config.moe_blocks) if block == STANDARD}
+        for name, shape in tensors.items():
+            layer = _LAYER.match(name)
+            if layer and int(layer[1]) in standard:
+                parts = stock_tensors(name, torch.empty(shape), self.family)
+                shapes |= {part: tuple(tensor.shape) for part, tensor in parts}
+            else:
+                shapes[name.replace(".block_sparse_moe.", ".mlp.", 1)] = shape
+        return shapes
 
 
 def plan_export(model: str | os.PathLike[str]) -> ExportPlan:
@@ -91,8 +112,12 @@ def plan_export(model: str | os.PathLike[str]) -> ExportPlan:
     refuse_quantised(model, config, "export")
     _refuse_parts(model, config)
     target = _without_shared_base(config)
-    kept = tuple(extra for extras in find_extras(target, family) for extra in extras)
-    return ExportPlan(source, config, target if kept else make_stock_config(target, family), family, layers, kept)
+    parts, multipliers = find_extras(target, family)
+    kept = (*parts, *multipliers)
+    result = target if kept else make_stock_config(target, family)
+    return ExportPlan(
+        source, config, result, family, layers, kept, can_fold(family) and not parts and bool(multipliers)
+    )
 
 
 def _refuse_parts(model: Any, config: Any) -> None:

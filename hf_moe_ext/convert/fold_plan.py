@@ -24,7 +24,7 @@ from hf_moe_ext.convert.checkpoint import CheckpointReader
 from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
 from hf_moe_ext.convert.expert_layout import stock_tensors
 from hf_moe_ext.convert.stock_form import make_stock_config, read_attention_factor
-from hf_moe_ext.models.configuration import STANDARD
+from hf_moe_ext.models.configuration import DERS, STANDARD
 from hf_moe_ext.mup.settings import read_head_dim
 
 logger = logging.get_logger(__name__)
@@ -144,6 +144,11 @@ def read_factors(config: Any) -> dict[str, float]:
     }
 
 
+def can_fold(family: str) -> bool:
+    """Whether ``fold`` knows a family: "mixtral", "olmoe" ..."""
+    return f"{family}_ext" in _SOURCES
+
+
 def is_power_of_two(factor: float) -> bool:
     """Whether a product with it is exact."""
     return math.frexp(factor)[0] == 0.5
@@ -167,9 +172,10 @@ def _refuse_other_blocks(config: Any, model_type: str) -> None:
     layers = [i for i, block in enumerate(config.moe_blocks) if block != STANDARD]
     if layers:
         kinds = " and ".join(sorted({config.moe_blocks[i].upper() for i in layers}))
+        hint = "; hf-moe export writes experts with a shared base as ordinary ones" if DERS in config.moe_blocks else ""
         raise ValueError(
             f"layers {', '.join(map(str, layers))} are {kinds} blocks (moe_block), which a stock {model_type} model does not "
-            "have: only models whose every layer has moe_block='standard' can be folded"
+            f"have: only models whose every layer has moe_block='standard' can be folded{hint}"
         )
 
 

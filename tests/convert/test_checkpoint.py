@@ -95,6 +95,10 @@ def test_reader_refuses_what_is_not_a_whole_safetensors_checkpoint(tmp_path: Pat
     (tmp_path / SINGLE_FILE).write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match="is not a readable safetensors file"):
         CheckpointReader(tmp_path)
+    for broken in ("{}", "{"):
+        (tmp_path / INDEX_FILE).write_text(broken)
+        with pytest.raises(ValueError, match=f"{INDEX_FILE} is no index of a checkpoint"):
+            CheckpointReader(tmp_path)
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=r"names one\.safetensors, which is missing"):
         CheckpointReader(tmp_path)
@@ -188,5 +192,9 @@ def test_side_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"]
     for name in [*names, "config.json", "model.safetensors", "pytorch_model.bin", "README.md"]:
         (source / name).write_text(name)
-    assert copy_side_files(source, target) == sorted(names)
-    assert sorted(p.name for p in target.iterdir()) == sorted(names)
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("x")
+    assert sorted(copy_side_files(source, target)) == sorted([*names, templates.name])
+    assert sorted(p.name for p in target.iterdir()) == sorted([*names, templates.name])
+    assert (target / templates.name / "tool_use.jinja").read_text() == "x"

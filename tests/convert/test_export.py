@@ -1,5 +1,6 @@
 """Experts that share a base, written as ordinary ones: the same logits, a stock checkpoint, all or nothing."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,44 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, OlmoeForCausalLM, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 from hf_moe_ext.cli import app
-from hf_moe_ext.convert import export, export_plan, fold, upcycle
+from hf_moe_ext.convert import export, fold, upcycle
 from support.dense_models import PARENTS, save_dense
-from support.killed import kill_while_writing
-from support.latent_models import DERS_BLOCKS, make_model
-from support.words import build_tokenizer
+from support.ders_checkpoints import edit, save
 from support.zoo import VOCAB_SIZE
 
 STOCK = {"mixtral_ext": MixtralForCausalLM, "olmoe_ext": OlmoeForCausalLM, "qwen3_moe_ext": Qwen3MoeForCausalLM}
 FORMS = ("low_rank", "sparse", "quantized", "sparse_values")
 W = {"gate": "w1", "up": "w3", "down": "w2"}
-
-
-def save(folder: Path, family: str, block: str = "low_rank", dtype: torch.dtype = torch.float32, **keys: Any) -> Any:
-    """A model whose every delta differs from zero, on disk with a tokenizer; returns it."""
-    # Fused, the same sums would be rounded elsewhere.
-    forward = {"ders_forward": "materialised"} if block in DERS_BLOCKS else {}
-    model = make_model(family, block, dtype=dtype, **forward, **keys)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            part = name.rpartition(".delta_")[2]
-            if part.endswith(("_A", "_B", "_values")):
-                tensor.copy_((torch.randn(tensor.shape, generator=generator) * 0.05).to(dtype))
-            elif part.endswith("_codes"):
-                tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator).to(tensor.dtype))
-            elif part.endswith("_scales"):
-                tensor.copy_((torch.rand(tensor.shape, generator=generator) * 0.01).to(tensor.dtype))
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return model
 
 
 @torch.no_grad()
@@ -55,12 +33,12 @@ def logits(model: Any) -> Tensor:
 
 
 def matrices(model: Any, layer: int) -> dict[str, Tensor]:
-    """Base plus delta of every expert in float64, written out: matrix -> [experts, rows, cols]."""
-    experts = model.model.layers[layer].mlp.experts
-    gate, up = experts.gate_up_proj.detach().double().chunk(2)
+    """Base plus delta of every expert, all in float64, written out: matrix -> [experts, rows, cols]."""
+    experts = copy.deepcopy(model.model.layers[layer].mlp.experts).double()
+    gate, up = experts.gate_up_proj.detach().chunk(2)
     found = {}
-    for matrix, base in (("gate", gate), ("up", up), ("down", experts.down_proj.detach().double())):
-        deltas = [experts.deltas(matrix).delta(expert).decode().detach().double() for expert in range(8)]
+    for matrix, base in (("gate", gate), ("up", up), ("down", experts.down_proj.detach())):
+        deltas = [experts.deltas(matrix).delta(expert).decode().detach() for expert in range(8)]
         found[matrix] = torch.stack([base + delta for delta in deltas])
     return found
 
@@ -83,7 +61,7 @@ def test_a_stock_checkpoint_of_base_plus_delta(tmp_path: Path, family: str, form
             block, name = ("block_sparse_moe", W[matrix]) if family == "mixtral_ext" else ("mlp", f"{matrix}_proj")
             for expert in range(8):
                 stored = tensors.pop(f"model.layers.{layer}.{block}.experts.{expert}.{name}.weight")
-                # One rounding, after a sum and the decoding in float32.
+                # One rounding, after decoding and sum in float32.
                 torch.testing.assert_close(stored.double(), wanted[expert], rtol=torch.finfo(dtype).eps, atol=1e-7)
     others = {n: t for n, t in model.state_dict().items() if ".experts." not in n}
     assert {n.replace("block_sparse_moe", "mlp"): t.tolist() for n, t in tensors.items()} == {
@@ -143,6 +121,26 @@ def test_what_a_stock_model_has_not_stays_and_folds(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("family", "keys", "told"),
+    [
+        ("olmoe_ext", {"mup": "mup", "mup_base_hidden_size": 8}, True),
+        ("qwen3_moe_ext", {"embedding_multiplier": 4.0}, False),
+        ("mixtral_ext", {"embedding_multiplier": 4.0, "norm_topk_prob": False}, False),
+    ],
+)
+def test_folding_is_named_where_it_works(tmp_path: Path, family: str, keys: dict[str, Any], told: bool) -> None:
+    save(tmp_path / "ders", family, **keys)
+    report = export(tmp_path / "ders", tmp_path / "ext")
+    assert report.kept
+    assert ("hf-moe fold" in report.as_text()) == told
+    if told:
+        assert fold(tmp_path / "ext", tmp_path / "stock").written
+    else:
+        with pytest.raises(ValueError, match=r"fold takes|stays as it is"):
+            fold(tmp_path / "ext", tmp_path / "stock")
+
+
 def test_raw_gates_are_no_stock_mixtral(tmp_path: Path) -> None:
     model = save(tmp_path / "ders", "mixtral_ext", norm_topk_prob=False)
     report = export(tmp_path / "ders", tmp_path / "ext")
@@ -169,69 +167,44 @@ def test_shards_and_a_tied_head(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "block", "keys", "words"),
-    [
-        ("olmoe_ext", "standard", {}, "its experts are ordinary ones already"),
-        ("mixtral_ext", "ungated", {}, "its experts are ordinary ones already"),
-        ("mixtral_ext", "low_rank", {"ders_bias": True}, r"ders_bias=True: biases, which .* no place for"),
-        ("olmoe_ext", "beside", {"ders_bias": False}, "moe_shared_expert_intermediate_size=48: an expert that serves"),
-        (
-            "olmoe_ext",
-            "universal",
-            {"ders_bias": False},
-            "moe_shared_expert_intermediate_size=48: an expert that serves",
-        ),
-    ],
-)
-def test_refusals(tmp_path: Path, family: str, block: str, keys: dict[str, Any], words: str) -> None:
-    save(tmp_path / "model", family, block, **keys)
-    with pytest.raises(ValueError, match=words):
-        export(tmp_path / "model", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_ordinary_experts_one_by_one(tmp_path: Path) -> None:
+    model = save(tmp_path / "ders", "mixtral_ext", moe_block=["standard", "ders"], ders_rank=[None, 2])
+    name = "model.layers.0.mlp.experts.down_proj"
+    single = {
+        f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight": matrix.clone()
+        for expert, matrix in enumerate(model.state_dict()[name])
+    }
+    edit(tmp_path / "ders", {name: None, **single})
+    export(tmp_path / "ders", tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-6)
 
 
-def test_refuses_an_adapter_another_family_and_a_taken_output(tmp_path: Path) -> None:
-    model = save(tmp_path / "ders", "olmoe_ext")
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        export(tmp_path / "ders", tmp_path / "ders")
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="holds an adapter"):
-        export(tmp_path / "adapter", tmp_path / "out")
-    save_dense(tmp_path / "dense", "llama")
-    with pytest.raises(ValueError, match=r"export takes mixtral_ext, olmoe_ext, qwen3_moe_ext; .* model_type 'llama'"):
-        export(tmp_path / "dense", tmp_path / "out")
+@pytest.mark.parametrize("form", FORMS)
+def test_16_bits_are_judged_by_what_is_stored(tmp_path: Path, form: str) -> None:
+    save(tmp_path / "ders", "olmoe_ext", form, torch.bfloat16)
+    report = export(tmp_path / "ders", tmp_path / "out")
+    assert report.max_logit_difference is not None
+    assert report.rounding is not None
+    assert report.max_logit_difference < 1e-5 < report.rounding
+    assert "16 bits changes logits by up to" in report.as_text()
+    save(tmp_path / "wide", "olmoe_ext", form)
+    assert export(tmp_path / "wide", tmp_path / "wide_out").rounding == 0
 
 
-@pytest.mark.parametrize("gone", ["model.layers.1.mlp.experts.delta_up_A", "model.norm.weight"])
-def test_refuses_an_incomplete_checkpoint(tmp_path: Path, gone: str) -> None:
-    save(tmp_path / "ders", "olmoe_ext")
-    path = tmp_path / "ders" / "model.safetensors"
-    tensors = load_file(path)
-    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"has no {gone}"):
-        export(tmp_path / "ders", tmp_path / "out")
-    save_file(tensors | {gone: tensors[gone][:-1].clone()}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{gone} is .* its config.json says"):
-        export(tmp_path / "ders", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_wrong_logits_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "ders", "olmoe_ext")
-    monkeypatch.setattr(sys.modules[export.__module__], "merge_out", lambda base, delta, dtype: base.clone())
-    with pytest.raises(RuntimeError, match="nothing was written"):
-        export(tmp_path / "ders", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_killed_while_writing_leaves_nothing_under_the_name(tmp_path: Path) -> None:
-    save(tmp_path / "ders", "olmoe_ext", num_hidden_layers=24)
-    code = "import sys\nfrom hf_moe_ext.convert import export\nexport(sys.argv[1], sys.argv[2], max_shard_bytes=1)\n"
-    kill_while_writing(tmp_path, code, tmp_path / "ders", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert export(tmp_path / "ders", tmp_path / "out", verify=False).written
+def test_each_matrix_keeps_its_type(tmp_path: Path) -> None:
+    model = save(tmp_path / "ders", "mixtral_ext")
+    narrow = {f"model.layers.0.mlp.experts.{name}": torch.Tensor.bfloat16 for name in ("gate_up_proj", "delta_up_B")}
+    edit(tmp_path / "ders", narrow)
+    report = export(tmp_path / "ders", tmp_path / "out")
+    assert report.rounding
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    types = {name.split(".")[-2]: t.dtype for name, t in tensors.items() if ".0.block_sparse_moe.experts." in name}
+    assert types == {"w1": torch.bfloat16, "w3": torch.bfloat16, "w2": torch.float32}
+    wanted = matrices(model, 0)["down"][3]
+    torch.testing.assert_close(
+        tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight"].double(), wanted, rtol=1e-6, atol=1e-7
+    )
 
 
 def test_command(tmp_path: Path) -> None:
@@ -251,9 +224,3 @@ def test_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
     assert "--overwrite" in done.stderr
-
-
-def test_a_plan_reads_no_weight(tmp_path: Path) -> None:
-    save(tmp_path / "ders", "olmoe_ext")
-    (tmp_path / "ders" / "model.safetensors").unlink()
-    assert export_plan.plan_export(tmp_path / "ders").is_stock

@@ -285,6 +285,12 @@ def test_dcca_is_refused_by_layer(tmp_path: Path, block: str, layers: str) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+def test_shared_bases_are_exported_first(tmp_path: Path) -> None:
+    make_model("mixtral_ext", "low_rank", mup="mup", **BASE).save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"are DERS blocks .* hf-moe export"):
+        fold(tmp_path / "source", tmp_path / "out")
+
+
 def test_clipped_queries(tmp_path: Path) -> None:
     """Clipping stands after the norm: a factor in the norm would change what is cut."""
     save(tmp_path / "source", "olmoe_ext", clip_qkv=0.5, **ALL)
