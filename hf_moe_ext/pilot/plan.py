@@ -135,7 +135,7 @@ def make_plan(
     while True:
         enough = len(kept) if not room.may_drop else min(MIN_TRAINED, len(candidates))
         steps = _least_steps(kept, room)
-        needed = _estimate(kept, speeds, rates, room, steps)
+        needed = _estimate(kept, speeds, rates, room, _steps_of(kept, speeds, room, steps))
         if needed <= room.seconds:
             break
         if len(kept) <= enough:
@@ -144,7 +144,7 @@ def make_plan(
     while (
         room.steps is None
         and 2 * steps * room.batch_size <= MAX_EPOCHS * room.train_rows
-        and _estimate(kept, speeds, rates, room, 2 * steps) <= room.seconds
+        and _estimate(kept, speeds, rates, room, _steps_of(kept, speeds, room, 2 * steps)) <= room.seconds
     ):
         steps *= 2
     names = tuple(candidate.name for candidate in kept)
@@ -157,7 +157,7 @@ def make_plan(
         {**left_out, **late},
         room.num_finalists,
         room.num_seeds,
-        _estimate(kept, speeds, rates, room, steps),
+        _estimate(kept, speeds, rates, room, by_name),
         {name: count * room.batch_size / room.train_rows for name, count in by_name.items()},
     )
 
@@ -171,7 +171,7 @@ def fills_budget(
     """Whether `make_plan` would leave the last of these out, and with it all that come after: they need no trial."""
     if not room.may_drop or len(candidates) < MIN_TRAINED:
         return False
-    return _estimate(candidates, speeds, rates, room, _least_steps(candidates, room)) > room.seconds
+    return _estimate(candidates, speeds, rates, room, _shortest(candidates, room)) > room.seconds
 
 
 def tell_budget(room: Room) -> str:
@@ -188,6 +188,14 @@ def _least_steps(kept: Sequence[Candidate], room: Room) -> int:
     return 4 * room.min_steps * (COMFORTABLE_FACTOR if comfortable else 1)
 
 
+def _shortest(kept: Sequence[Candidate], room: Room) -> dict[str, int]:
+    """No plan gives them fewer steps, whatever is tried after them.
+
+    Under equal time the steps follow the middle step time, which a faster candidate that comes later lowers.
+    """
+    return dict.fromkeys((c.name for c in kept), 4 * room.min_steps if room.equal_time else _least_steps(kept, room))
+
+
 def _steps_of(kept: Sequence[Candidate], speeds: Mapping[str, Speed], room: Room, steps: int) -> dict[str, int]:
     if not room.equal_time:
         return {candidate.name: steps for candidate in kept}
@@ -200,12 +208,11 @@ def _estimate(
     speeds: Mapping[str, Speed],
     rates: Mapping[str, tuple[float, ...]],
     room: Room,
-    steps: int,
+    steps: Mapping[str, int],
 ) -> float:
     """Seconds with all processes busy, and the longest arm on top, since the last ones do not fill them."""
-    by_name = _steps_of(kept, speeds, room, steps)
-    search = sum(speeds[c.name].search(by_name[c.name], len(rates[c.name])) for c in kept)
-    finals = sorted((speeds[c.name].final(by_name[c.name]) for c in kept), reverse=True)[: room.num_finalists]
+    search = sum(speeds[c.name].search(steps[c.name], len(rates[c.name])) for c in kept)
+    finals = sorted((speeds[c.name].final(steps[c.name]) for c in kept), reverse=True)[: room.num_finalists]
     return SAFETY * ((search + room.num_seeds * sum(finals)) / room.processes + finals[0])
 
 

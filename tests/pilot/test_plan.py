@@ -1,5 +1,6 @@
 """What fits a budget, and what does not."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,37 @@ def test_trials_end_where_a_plan_of_all_would_leave_the_last_one_out() -> None:
         assert fills_budget(CANDIDATES[:count], SPEEDS, RATES, room) == (count > kept)
     assert not fills_budget(CANDIDATES, SPEEDS, RATES, replace(room, may_drop=False))
     assert not fills_budget(CANDIDATES[:1], SPEEDS, RATES, replace(room, seconds=1.0))
+
+
+def test_under_equal_time_a_slow_candidate_does_not_end_the_trials() -> None:
+    """A fast one after it lowers everyone's steps, so that all three fit where the first two alone would not."""
+    room = replace(ROOM, seconds=3200.0, equal_time=True)
+    first = CANDIDATES[:3]
+    speeds = {c.name: Speed(1.0, step, 1.0, 5.0) for c, step in zip(first, (0.1, 10.0, 0.1), strict=True)}
+    assert set(make_plan(first, speeds, RATES, room, {}).candidates) == {c.name for c in first}
+    assert not fills_budget(first[:2], speeds, RATES, room)
+    assert fills_budget(first[:2], speeds, RATES, replace(room, seconds=1000.0))  # not even with the least steps
+
+
+@pytest.mark.parametrize("equal_time", [False, True])
+def test_trials_that_end_early_leave_the_plan_as_it_would_have_been(equal_time: bool) -> None:
+    draw = random.Random(0)
+    ended = 0
+    for _ in range(400):
+        speeds = {c.name: Speed(draw.uniform(1, 10), 10 ** draw.uniform(-2, 1), 1.0, 5.0) for c in CANDIDATES}
+        room = replace(ROOM, seconds=10 ** draw.uniform(2, 4.5), equal_time=equal_time, processes=draw.choice((1, 2, 8)))
+        counts = range(1, len(CANDIDATES) + 1)
+        enough = next((n for n in counts if fills_budget(CANDIDATES[:n], speeds, RATES, room)), len(CANDIDATES))
+        ended += enough < len(CANDIDATES)
+        assert _kept(CANDIDATES[:enough], speeds, room) == _kept(CANDIDATES, speeds, room)
+    assert ended > 40
+
+
+def _kept(candidates, speeds, room) -> tuple[str, ...]:
+    try:
+        return make_plan(candidates, speeds, RATES, room, {}).candidates
+    except ValueError:
+        return ()
 
 
 def _fits(**changes) -> bool:
