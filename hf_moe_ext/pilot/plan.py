@@ -33,11 +33,9 @@ class Speed:
     choice: float
     finish: float
 
-    def search(self, steps: int, num_rates: int) -> float:
-        """Both rungs over so many rates."""
-        second = min(num_rates, RATES_IN_SECOND_RUNG)
-        first = num_rates * (self.startup + self.choice + FIRST_RUNG * steps * self.step) if num_rates > 1 else 0.0
-        return first + second * (self.startup + self.choice + SECOND_RUNG * steps * self.step)
+    def rung(self, share: float, steps: int) -> float:
+        """One arm of a rung, which trains that share of a finalist's steps."""
+        return self.startup + self.choice + share * steps * self.step
 
     def final(self, steps: int) -> float:
         """One seed of a finalist."""
@@ -210,10 +208,23 @@ def _estimate(
     room: Room,
     steps: Mapping[str, int],
 ) -> float:
-    """Seconds with all processes busy, and the longest arm on top, since the last ones do not fill them."""
-    search = sum(speeds[c.name].search(steps[c.name], len(rates[c.name])) for c in kept)
+    """Seconds of all stages, one after another: none begins before every arm of the one before has ended."""
+    first, second = [], []
+    for c in kept:
+        if len(rates[c.name]) > 1:
+            first += len(rates[c.name]) * [speeds[c.name].rung(FIRST_RUNG, steps[c.name])]
+        second += min(len(rates[c.name]), RATES_IN_SECOND_RUNG) * [speeds[c.name].rung(SECOND_RUNG, steps[c.name])]
     finals = sorted((speeds[c.name].final(steps[c.name]) for c in kept), reverse=True)[: room.num_finalists]
-    return SAFETY * ((search + room.num_seeds * sum(finals)) / room.processes + finals[0])
+    stages = _span(first, room) + _span(second, room) + room.num_seeds * _span(finals, room)
+    return SAFETY * stages
+
+
+def _span(arms: Sequence[float], room: Room) -> float:
+    """Seconds of a stage: its arms by length, so many at a time, and each round as long as its longest.
+
+    That is the pool's own time for arms of one length, and never above `work / processes + longest`.
+    """
+    return sum(sorted(arms, reverse=True)[:: room.processes])
 
 
 def _refuse(kept: Sequence[Candidate], needed: float, steps: int, room: Room) -> None:

@@ -103,6 +103,36 @@ def _kept(candidates, speeds, room) -> tuple[str, ...]:
         return ()
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("num_seeds", [1, 3, 10])
+def test_the_estimate_is_no_less_than_stage_after_stage_takes(processes: int, count: int, num_seeds: int) -> None:
+    first = CANDIDATES[:count]
+    room = replace(ROOM, seconds=1e5, steps=256, processes=processes, num_seeds=num_seeds)
+    for steps_s in ((1.0,) * 4, (1.0, 0.3, 3.0, 0.5)):
+        speeds = {c.name: Speed(5.0, step, 2.0, 10.0) for c, step in zip(first, steps_s, strict=False)}
+        rungs = [
+            [speeds[c.name].startup + speeds[c.name].choice + steps * speeds[c.name].step for c in first for _ in range(n)]
+            for steps, n in ((64, 3), (128, 2))
+        ]
+        finals = [speeds[c.name].final(256) for c in first]
+        takes = sum(_simulate(arms, processes) for arms in (*rungs, *[finals] * num_seeds))
+        estimate = make_plan(first, speeds, RATES, room, {}).estimate_s
+        work = sum(sum(arms) for arms in (*rungs, *[finals] * num_seeds))
+        assert takes <= estimate <= 1.15 * (work / processes + sum(map(max, rungs)) + num_seeds * max(finals))
+        if len(set(steps_s)) == 1:
+            assert estimate == pytest.approx(1.15 * takes)
+
+
+def _simulate(arms: list[float], processes: int) -> float:
+    """As the pool runs them: the next one where a process is free."""
+    free = [0.0] * processes
+    for seconds in arms:
+        first = free.index(min(free))
+        free[first] += seconds
+    return max(free)
+
+
 def _fits(**changes) -> bool:
     try:
         return bool(_plan(**changes))
