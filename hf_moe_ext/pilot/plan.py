@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from hf_moe_ext.pilot.candidates import Candidate
+from hf_moe_ext.pilot.candidates import CONTROL_OF, Candidate
 
 # Rungs of successive halving, as shares of a finalist's steps.
 FIRST_RUNG, SECOND_RUNG = 0.25, 0.5
@@ -51,7 +51,7 @@ class Plan:
         steps: Of a finalist, by name.
         rates: Learning rates of the first rung, by name.
         left_out: Name -> why it is not among them.
-        num_finalists: Most that are trained with every seed.
+        num_finalists: Most that are trained with every seed; controls come on top.
         num_seeds: Of each.
         estimate_s: For everything after the trial steps.
         epochs: Passes over the train rows of a finalist, by name.
@@ -86,7 +86,7 @@ class Room:
         spent: That are gone, for the message.
         processes: Arms at a time.
         num_seeds: Of a finalist.
-        num_finalists: Most of them.
+        num_finalists: Most of them; controls come on top.
         min_steps: Of the shortest arm.
         steps: Of a finalist, where they are fixed.
         batch_size: Rows of a step.
@@ -214,17 +214,34 @@ def _estimate(
         if len(rates[c.name]) > 1:
             first += len(rates[c.name]) * [speeds[c.name].rung(FIRST_RUNG, steps[c.name])]
         second += min(len(rates[c.name]), RATES_IN_SECOND_RUNG) * [speeds[c.name].rung(SECOND_RUNG, steps[c.name])]
-    finals = sorted((speeds[c.name].final(steps[c.name]) for c in kept), reverse=True)[: room.num_finalists]
-    stages = _span(first, room) + _span(second, room) + room.num_seeds * _span(finals, room)
-    return SAFETY * stages
+    seed = estimate_seed([c.name for c in kept], speeds, steps, room.num_finalists, room.processes)
+    return SAFETY * (_span(first, room.processes) + _span(second, room.processes) + room.num_seeds * seed)
 
 
-def _span(arms: Sequence[float], room: Room) -> float:
+def estimate_seed(
+    kept: Sequence[str], speeds: Mapping[str, Speed], steps: Mapping[str, int], num_finalists: int, processes: int
+) -> float:
+    """Seconds of one seed of the finalists, should they be the slowest; the controls of any come on top.
+
+    Args:
+        kept: Names of the candidates.
+        speeds: By name.
+        steps: Of a finalist, by name.
+        num_finalists: Most of them.
+        processes: Arms at a time.
+    """
+    final = {name: speeds[name].final(steps[name]) for name in kept}
+    controls = [final[name] for name in kept if CONTROL_OF.get(name) in final]
+    others = sorted((final[name] for name in kept if CONTROL_OF.get(name) not in final), reverse=True)
+    return _span(controls + others[:num_finalists], processes)
+
+
+def _span(arms: Sequence[float], processes: int) -> float:
     """Seconds of a stage: its arms by length, so many at a time, and each round as long as its longest.
 
     That is the pool's own time for arms of one length, and never above `work / processes + longest`.
     """
-    return sum(sorted(arms, reverse=True)[:: room.processes])
+    return sum(sorted(arms, reverse=True)[::processes])
 
 
 def _refuse(kept: Sequence[Candidate], needed: float, steps: int, room: Room) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hf_moe_ext.pilot import stages
 from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
 from hf_moe_ext.pilot.folder import PLAN, RESULT, claim_folder, read_json, write_json
-from hf_moe_ext.pilot.plan import Plan, Room, Speed, fills_budget, make_plan, tell_budget
+from hf_moe_ext.pilot.plan import MIN_TRAINED, Plan, Room, Speed, estimate_seed, fills_budget, make_plan, tell_budget
 from hf_moe_ext.pilot.pool import Pool, ProcessPool, Result, Spec
 from hf_moe_ext.pilot.progress import Progress
 from hf_moe_ext.pilot.request import PilotRequest
@@ -192,11 +192,12 @@ class _Pilot:
         """Fewer than planned where the rounds before took longer than they should have."""
         if self.request.steps:
             return plan.num_finalists
-        left = self._deadline() - time.monotonic()
-        speeds = read_speeds(trials)
-        longest = max(speeds[name].final(plan.steps[name]) for name in plan.candidates)
-        fit = int(left * self.request.processes / (longest * plan.num_seeds))
-        return min(plan.num_finalists, max(2, fit))
+        left, speeds = self._deadline() - time.monotonic(), read_speeds(trials)
+        for count in range(plan.num_finalists, MIN_TRAINED, -1):
+            seed = estimate_seed(plan.candidates, speeds, plan.steps, count, self.request.processes)
+            if plan.num_seeds * seed <= left:
+                return count
+        return min(plan.num_finalists, MIN_TRAINED)
 
     def _machine(self) -> dict[str, Any]:
         return {

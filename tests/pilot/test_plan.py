@@ -88,7 +88,9 @@ def test_trials_that_end_early_leave_the_plan_as_it_would_have_been(equal_time: 
     ended = 0
     for _ in range(400):
         speeds = {c.name: Speed(draw.uniform(1, 10), 10 ** draw.uniform(-2, 1), 1.0, 5.0) for c in CANDIDATES}
-        room = replace(ROOM, seconds=10 ** draw.uniform(2, 4.5), equal_time=equal_time, processes=draw.choice((1, 2, 8)))
+        room = replace(
+            ROOM, seconds=10 ** draw.uniform(2, 4.5), equal_time=equal_time, processes=draw.choice((1, 2, 8))
+        )
         counts = range(1, len(CANDIDATES) + 1)
         enough = next((n for n in counts if fills_budget(CANDIDATES[:n], speeds, RATES, room)), len(CANDIDATES))
         ended += enough < len(CANDIDATES)
@@ -112,7 +114,11 @@ def test_the_estimate_is_no_less_than_stage_after_stage_takes(processes: int, co
     for steps_s in ((1.0,) * 4, (1.0, 0.3, 3.0, 0.5)):
         speeds = {c.name: Speed(5.0, step, 2.0, 10.0) for c, step in zip(first, steps_s, strict=False)}
         rungs = [
-            [speeds[c.name].startup + speeds[c.name].choice + steps * speeds[c.name].step for c in first for _ in range(n)]
+            [
+                speeds[c.name].startup + speeds[c.name].choice + steps * speeds[c.name].step
+                for c in first
+                for _ in range(n)
+            ]
             for steps, n in ((64, 3), (128, 2))
         ]
         finals = [speeds[c.name].final(256) for c in first]

@@ -1,0 +1,129 @@
+"""Whole pilots on a clock that only arms move on: when they end, what they leave out, what they refuse."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_moe_ext.pilot import PilotRequest, run, stages
+from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
+from hf_moe_ext.pilot.plan import Plan
+from hf_moe_ext.pilot.progress import Progress
+
+STARTUP_S, CHOICE_S, FINISH_S = 5.0, 2.0, 10.0
+FACTS = {"train_rows": 100_000}
+
+
+class Machine:
+    """Runs arms by counting their seconds, as the pool hands them out; `failing` ones find no memory."""
+
+    def __init__(self, processes: int, step_s: dict[str, float], startup_s: float = STARTUP_S) -> None:
+        self.processes, self.step_s, self.startup_s = processes, step_s, startup_s
+        self.seconds = 0.0
+        self.failing: set[str] = set()
+        self.ran: list[dict[str, Any]] = []
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def run(self, specs: Sequence[dict[str, Any]], on_done: Callable[[Any], None]) -> dict[str, Any]:
+        free = [self.seconds] * self.processes
+        results = {}
+        for spec in specs:
+            first = free.index(min(free))
+            results[spec["id"]] = result = self._result(spec)
+            free[first] += result["measured"]["wall_s"]
+            on_done(result)
+        self.seconds = max(free)
+        self.ran += specs
+        return results
+
+    def close(self) -> None:
+        pass
+
+    def _result(self, spec: dict[str, Any]) -> dict[str, Any]:
+        name = spec["candidate"]["name"]
+        step_s = self.step_s.get(name, self.step_s["others"])
+        wall_s = self.startup_s + (FINISH_S if spec["stage"] == "final" else CHOICE_S) + spec["max_steps"] * step_s
+        measured = {"startup_s": self.startup_s, "step_s": step_s, "losses_s": CHOICE_S, "wall_s": wall_s}
+        if name in self.failing:
+            return {"spec": spec, "status": "failed", "reason": "no memory is left", "measured": measured}
+        learnt = {"parameters": {"trainable": 100}, "loss": 1.0 if name == "perft-r" else 2.0}
+        return {"spec": spec, "status": "done", "deterministic": learnt, "measured": measured}
+
+
+class Pilot(run._Pilot):
+    """A pilot without a model and without rows."""
+
+    def __init__(self, folder: Path, machine: Machine, **settings: Any) -> None:
+        super().__init__(PilotRequest("model", "data", processes=machine.processes, **settings), folder, Progress(True))
+        self.pool, self.machine = machine, machine
+        self.subject = SimpleNamespace(num_parameters=1000)  # type: ignore[assignment]
+        self.candidates = choose_candidates(self.request.candidates, is_moe=True)
+
+    def _settings(self, candidate: Candidate) -> dict[str, Any]:
+        return {}
+
+    def plan(self) -> tuple[dict[str, Any], Plan]:
+        return self._plan(self.candidates, FACTS)
+
+    def finish(self) -> tuple[Plan, list[str], int]:
+        """The plan, the finalists and how many seeds of them there was time for."""
+        trials, plan = self.plan()
+        kept = [c for c in self.candidates if c.name in plan.candidates]
+        settings: dict[str, dict[str, Any]] = {c.name: {} for c in kept}
+        found = stages.search_rates(self._run, kept, plan, settings, 0)
+        names = stages.choose_finalists(found, self._num_finalists(plan, trials), dict.fromkeys(plan.candidates, 100))
+        finalists = [(c, 1e-3) for name in names for c in kept if c.name == name]
+        deadline = None if self.request.steps else self._deadline()
+        return plan, names, stages.run_finalists(self._run, finalists, plan, settings, 0, deadline)[1]
+
+
+@pytest.fixture
+def pilot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pilot]:
+    """A pilot on its own clock; two of one test share the folder."""
+
+    def make(step_s: dict[str, float], processes: int = 2, startup_s: float = STARTUP_S, **settings: Any) -> Pilot:
+        machine = Machine(processes, step_s, startup_s)
+        for module in (run, stages):
+            monkeypatch.setattr(module, "time", machine)
+        return Pilot(tmp_path, machine, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(
+    "settings", [{}, {"candidates": ("perft-r", "lora-qv", "full")}, {"candidates": ("perft-r", "lora-qv"), "num_seeds": 5}]
+)  # fmt: skip
+def test_a_pilot_ends_within_its_budget_with_every_seed(pilot, processes: int, settings: dict[str, Any]) -> None:
+    one = pilot({"others": 0.5}, processes, budget_minutes=20.0, **settings)
+    plan, _, seeds = one.finish()
+    assert seeds == plan.num_seeds
+    assert one.machine.seconds <= 20 * 60
+
+
+def test_a_control_is_paid_for_beside_the_finalists(pilot) -> None:
+    names = ("perft-r", "lora-qv", "perft-r-frozen-router")
+    one = pilot({"others": 0.5}, 1, candidates=names, num_finalists=1, steps=256, budget_minutes=60.0)
+    trials, plan = one.plan()
+    before = one.machine.seconds
+    plan, finalists, _ = one.finish()
+    assert finalists == ["perft-r", "perft-r-frozen-router"]
+    finals = [spec for spec in one.machine.ran if spec["stage"] == "final" and spec["max_steps"]]
+    assert len(finals) == 6
+    assert one.machine.seconds - before <= plan.estimate_s + 60  # a minute of trials, which this machine does not keep
+
+
+def test_finalists_are_fewer_where_they_and_their_controls_no_longer_fit(pilot) -> None:
+    names = ("perft-r", "lora-qv", "perft-s", "full", "perft-r-frozen-router")
+    one = pilot({"others": 0.5}, 1, candidates=names, budget_minutes=120.0)
+    trials, plan = one.plan()
+    final_s = STARTUP_S + FINISH_S + 0.5 * plan.steps["full"]
+    for fit in (5, 4, 3):  # a control among them
+        one.machine.seconds = 120 * 60 - plan.num_seeds * fit * final_s - 1
+        assert one._num_finalists(plan, trials) == fit - 1
+    one.machine.seconds = 120 * 60
+    assert one._num_finalists(plan, trials) == 2
