@@ -137,7 +137,7 @@ def make_plan(
         if needed <= room.seconds:
             break
         if len(kept) <= enough:
-            _refuse(kept, needed, steps, room)
+            raise _too_small(kept, needed, room, steps, ())
         kept.pop()
     while (
         room.steps is None
@@ -170,6 +170,32 @@ def fills_budget(
     if not room.may_drop or len(candidates) < MIN_TRAINED:
         return False
     return _estimate(candidates, speeds, rates, room, _shortest(candidates, room)) > room.seconds
+
+
+def refuse_hopeless(
+    candidates: Sequence[Candidate],
+    speeds: Mapping[str, Speed],
+    rates: Mapping[str, tuple[float, ...]],
+    room: Room,
+    waiting: Sequence[str],
+) -> None:
+    """Refuse as soon as `make_plan` is certain to, whatever is tried after these.
+
+    Args:
+        candidates: Tried so far.
+        speeds: Measured, by name.
+        rates: Learning rates, by name.
+        room: The budget.
+        waiting: Names of those that are not tried yet.
+
+    Raises:
+        ValueError: Those that may not be left out do not fit; the message says what they need.
+    """
+    kept = candidates[:MIN_TRAINED] if room.may_drop else candidates
+    steps = _shortest(kept, room)
+    needed = _estimate(kept, speeds, rates, room, steps)
+    if kept and needed > room.seconds:
+        raise _too_small(kept, needed, room, max(steps.values()), () if room.may_drop else waiting)
 
 
 def tell_budget(room: Room) -> str:
@@ -244,11 +270,13 @@ def _span(arms: Sequence[float], processes: int) -> float:
     return sum(sorted(arms, reverse=True)[::processes])
 
 
-def _refuse(kept: Sequence[Candidate], needed: float, steps: int, room: Room) -> None:
+def _too_small(kept: Sequence[Candidate], needed: float, room: Room, steps: int, waiting: Sequence[str]) -> ValueError:
     minutes = math.ceil((needed + room.spent) / 60 * 10) / 10
     names = ", ".join(candidate.name for candidate in kept)
-    raise ValueError(
+    more = f", and {', '.join(waiting)} come on top" if waiting else ""
+    return ValueError(
         f"--budget-minutes {(room.seconds + room.spent) / 60:g} is too small: {names} with {steps} steps and "
         f"{room.num_seeds} seeds need about {minutes:g} minutes on {room.processes} processes ({room.spent:.0f} s of it for "
-        "trial steps). Give that much, or fewer --candidates, --seeds or --learning-rates, or shorter arms with --min-steps."
+        f"trial steps){more}. Give that much, or fewer --candidates, --seeds or --learning-rates, or shorter arms with "
+        "--min-steps."
     )

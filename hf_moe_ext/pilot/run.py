@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 from hf_moe_ext.pilot import stages
 from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
 from hf_moe_ext.pilot.folder import PLAN, RESULT, claim_folder, read_json, write_json
-from hf_moe_ext.pilot.plan import MIN_TRAINED, Plan, Room, Speed, estimate_seed, fills_budget, make_plan, tell_budget
+from hf_moe_ext.pilot.plan import (
+    MIN_TRAINED,
+    Plan,
+    Room,
+    Speed,
+    estimate_seed,
+    fills_budget,
+    make_plan,
+    refuse_hopeless,
+    tell_budget,
+)
 from hf_moe_ext.pilot.pool import Pool, ProcessPool, Result, Spec
 from hf_moe_ext.pilot.progress import Progress
 from hf_moe_ext.pilot.request import PilotRequest
@@ -147,10 +157,14 @@ class _Pilot:
         if saved is not None:
             plan = Plan.from_dict(saved)
             wanted = [c for c in candidates if c.name in (BASE, *plan.candidates)]
-            return try_out(self._run, wanted, self._settings, request, lambda _: None)[0], plan
+            return try_out(self._run, wanted, self._settings, request, lambda *_: None)[0], plan
         fitting, large = leave_out_too_large(candidates, self.subject.num_parameters, request.processes)
         trials, left_out = try_out(
-            self._run, fitting, self._settings, request, lambda trials: self._why_enough(fitting, trials, facts)
+            self._run,
+            fitting,
+            self._settings,
+            request,
+            lambda trials, waiting: self._why_enough(fitting, trials, facts, waiting),
         )
         asked = self._asked(fitting, trials, facts)
         left_out = large | left_out
@@ -173,10 +187,17 @@ class _Pilot:
         tried = [c for c in candidates if c.name in speeds]
         return _Asked(tried, speeds, {c.name: request.learning_rates or c.learning_rates for c in tried}, room)
 
-    def _why_enough(self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any]) -> str | None:
-        """Why no more candidates need be tried; None where they do."""
+    def _why_enough(
+        self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any], waiting: Sequence[str]
+    ) -> str | None:
+        """Why no more candidates need be tried; None where they do.
+
+        Raises:
+            ValueError: No plan will fit the budget.
+        """
         asked = self._asked(candidates, trials, facts)
         room = asked.room
+        refuse_hopeless(*asked, waiting)
         if fills_budget(*asked):
             return tell_budget(room)
         if room.may_drop and len(trials) > 2 and room.spent > TRIAL_SHARE * (room.spent + room.seconds):

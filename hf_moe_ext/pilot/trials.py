@@ -22,7 +22,7 @@ def try_out(
     candidates: Sequence[Candidate],
     settings: Callable[[Candidate], Mapping[str, Any]],
     request: PilotRequest,
-    why_enough: Callable[[Trials], str | None],
+    why_enough: Callable[[Trials, Sequence[str]], str | None],
 ) -> tuple[Trials, dict[str, str]]:
     """Some candidates at a time until there are enough; the base is measured whole, once: it has nothing to train.
 
@@ -31,7 +31,7 @@ def try_out(
         candidates: In the order in which they are tried.
         settings: Of every arm of a candidate.
         request: Of the pilot.
-        why_enough: Why no more need be tried after these; None where they do.
+        why_enough: Why, after these, the ones of these names need not be tried; None where they do.
 
     Returns:
         Results by candidate, and the candidates left out with the reason.
@@ -42,7 +42,7 @@ def try_out(
     trials: Trials = {}
     left_out: dict[str, str] = {}
     for start in range(0, len(candidates), request.processes):
-        reason = why_enough(trials) if trials else None
+        reason = why_enough(trials, [c.name for c in candidates[start:]]) if trials else None
         if reason is not None:
             return trials, left_out | {c.name: reason for c in candidates[start:]}
         specs = []

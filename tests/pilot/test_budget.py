@@ -108,7 +108,7 @@ def test_a_pilot_ends_within_its_budget_with_every_seed(pilot, processes: int, s
 def test_a_control_is_paid_for_beside_the_finalists(pilot) -> None:
     names = ("perft-r", "lora-qv", "perft-r-frozen-router")
     one = pilot({"others": 0.5}, 1, candidates=names, num_finalists=1, steps=256, budget_minutes=60.0)
-    trials, plan = one.plan()
+    _, plan = one.plan()
     before = one.machine.seconds
     plan, finalists, _ = one.finish()
     assert finalists == ["perft-r", "perft-r-frozen-router"]
@@ -127,3 +127,28 @@ def test_finalists_are_fewer_where_they_and_their_controls_no_longer_fit(pilot) 
         assert one._num_finalists(plan, trials) == fit - 1
     one.machine.seconds = 120 * 60
     assert one._num_finalists(plan, trials) == 2
+
+
+NINE = ("perft-r", "lora-qv", "perft-s", "full", "perft-e", "lora-experts", "perft-d", "perft-r-many", "perft-r-wide")
+
+
+def test_candidates_asked_for_by_name_are_refused_as_soon_as_that_is_certain(pilot) -> None:
+    one = pilot({"others": 5.0}, startup_s=30.0, candidates=NINE, budget_minutes=1.0)
+    with pytest.raises(ValueError, match=r"too small: perft-r with 64 steps .*lora-qv, .*, perft-r-wide come on top"):
+        one.plan()
+    assert [spec["candidate"]["name"] for spec in one.machine.ran] == ["base", "perft-r"]
+
+
+@pytest.mark.parametrize("equal", ["tokens", "time"])
+def test_no_more_is_tried_where_not_even_the_first_two_fit(pilot, equal: str) -> None:
+    one = pilot({"others": 5.0}, budget_minutes=1.0, equal=equal)
+    with pytest.raises(ValueError, match="too small: perft-r with 64 steps"):
+        one.plan()
+    assert [spec["candidate"]["name"] for spec in one.machine.ran] == ["base", "perft-r"]
+
+
+def test_under_equal_time_one_slow_candidate_asked_for_by_name_waits_for_the_others(pilot) -> None:
+    """With the first two alone the steps of the fast one would be too many."""
+    names = ("perft-r", "lora-qv", "perft-s")
+    one = pilot({"others": 0.1, "lora-qv": 10.0}, 1, candidates=names, equal="time", budget_minutes=75.0)
+    assert set(one.plan()[1].candidates) == set(names)
