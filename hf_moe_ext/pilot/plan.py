@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,7 @@ MIN_TRAINED = 2  # fewer is no comparison
 COMFORTABLE_TRAINED, COMFORTABLE_FACTOR = 4, 2  # keep so many before steps go below so many times the least
 MAX_EPOCHS = 3  # a pilot that reads its rows more often measures how they are memorised
 SAFETY = 1.15
+RESTART_MINUTES = 1  # what a pilot that goes on takes until it knows again what it knew
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Room:
         train_rows: There are so many.
         equal_time: Give every candidate equal time instead of equal tokens.
         may_drop: Whether candidates may be left out: not those that were asked for by name.
+        trial_s: Seconds of the trials, by name, for the message.
     """
 
     seconds: float
@@ -106,6 +108,7 @@ class Room:
     train_rows: int
     equal_time: bool
     may_drop: bool
+    trial_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_plan(
@@ -271,12 +274,16 @@ def _span(arms: Sequence[float], processes: int) -> float:
 
 
 def _too_small(kept: Sequence[Candidate], needed: float, room: Room, steps: int, waiting: Sequence[str]) -> ValueError:
-    minutes = math.ceil((needed + room.spent) / 60 * 10) / 10
+    budget = (room.seconds + room.spent) / 60
     names = ", ".join(candidate.name for candidate in kept)
-    more = f", and {', '.join(waiting)} come on top" if waiting else ""
+    more = f"; {', '.join(waiting)} come on top" if waiting else ""
+    slowest = max(room.trial_s, key=lambda name: room.trial_s[name], default=None)
+    slow = f", the slowest of them {slowest} with {room.trial_s[slowest]:.0f} s" if slowest else ""
+    enough = math.ceil(needed / 60 + RESTART_MINUTES)
+    larger = f"with --budget-minutes {enough} " if enough > budget or waiting else ""
     return ValueError(
-        f"--budget-minutes {(room.seconds + room.spent) / 60:g} is too small: {names} with {steps} steps and "
-        f"{room.num_seeds} seeds need about {minutes:g} minutes on {room.processes} processes ({room.spent:.0f} s of it for "
-        f"trial steps){more}. Give that much, or fewer --candidates, --seeds or --learning-rates, or shorter arms with "
-        "--min-steps."
+        f"--budget-minutes {budget:g} is too small: {names} with {steps} steps and {room.num_seeds} seeds need about "
+        f"{math.ceil(needed / 6) / 10:g} minutes on {room.processes} processes beyond the trial steps{more}. It took "
+        f"{room.spent:.0f} s to try them{slow}. What was tried is kept: the same command {larger}goes on with it. Or give "
+        "another --output and fewer --candidates, --seeds or --learning-rates, or shorter arms with --min-steps."
     )

@@ -108,7 +108,7 @@ class ProcessPool:
         path = self.arms / f"{spec['id']}.json"
         result: Result | None = read_json(path)
         if result is None:
-            why = "it took longer than the whole budget" if seconds > self.limit_s else self._last_lines(spec)
+            why = f"it took longer than {self.limit_s:.0f} s" if seconds > self.limit_s else self._last_lines(spec)
             write_json(path, {"spec": spec, "status": FAILED, "reason": f"its process ended with code {code}: {why}"})
             result = read_json(path)
             assert result is not None

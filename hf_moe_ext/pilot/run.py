@@ -182,7 +182,7 @@ class _Pilot:
         room = Room(
             60 * request.budget_minutes - spent, spent, request.processes, request.num_seeds, request.num_finalists,
             request.min_steps, request.steps, request.batch_size, facts["train_rows"], request.equal == "time",
-            may_drop=not request.candidates,
+            may_drop=not request.candidates, trial_s={n: t["measured"]["wall_s"] for n, t in trials.items()},
         )  # fmt: skip
         tried = [c for c in candidates if c.name in speeds]
         return _Asked(tried, speeds, {c.name: request.learning_rates or c.learning_rates for c in tried}, room)

@@ -19,8 +19,8 @@ FACTS = {"train_rows": 100_000}
 class Machine:
     """Runs arms by counting their seconds, as the pool hands them out; `failing` ones find no memory."""
 
-    def __init__(self, processes: int, step_s: dict[str, float], startup_s: float = STARTUP_S) -> None:
-        self.processes, self.step_s, self.startup_s = processes, step_s, startup_s
+    def __init__(self, processes: int, step_s: dict[str, float], startup_s: float, kept: dict[str, Any]) -> None:
+        self.processes, self.step_s, self.startup_s, self.kept = processes, step_s, startup_s, kept
         self.seconds = 0.0
         self.failing: set[str] = set()
         self.ran: list[dict[str, Any]] = []
@@ -30,15 +30,15 @@ class Machine:
 
     def run(self, specs: Sequence[dict[str, Any]], on_done: Callable[[Any], None]) -> dict[str, Any]:
         free = [self.seconds] * self.processes
-        results = {}
         for spec in specs:
-            first = free.index(min(free))
-            results[spec["id"]] = result = self._result(spec)
-            free[first] += result["measured"]["wall_s"]
-            on_done(result)
+            if spec["id"] not in self.kept:
+                first = free.index(min(free))
+                self.kept[spec["id"]] = result = self._result(spec)
+                free[first] += result["measured"]["wall_s"]
+                self.ran.append(spec)
+            on_done(self.kept[spec["id"]])
         self.seconds = max(free)
-        self.ran += specs
-        return results
+        return {spec["id"]: self.kept[spec["id"]] for spec in specs}
 
     def close(self) -> None:
         pass
@@ -83,10 +83,11 @@ class Pilot(run._Pilot):
 
 @pytest.fixture
 def pilot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pilot]:
-    """A pilot on its own clock; two of one test share the folder."""
+    """A pilot on its own clock; the second of a test goes on with the first."""
+    kept: dict[str, Any] = {}
 
     def make(step_s: dict[str, float], processes: int = 2, startup_s: float = STARTUP_S, **settings: Any) -> Pilot:
-        machine = Machine(processes, step_s, startup_s)
+        machine = Machine(processes, step_s, startup_s, kept)
         for module in (run, stages):
             monkeypatch.setattr(module, "time", machine)
         return Pilot(tmp_path, machine, **settings)
@@ -114,7 +115,7 @@ def test_a_control_is_paid_for_beside_the_finalists(pilot) -> None:
     assert finalists == ["perft-r", "perft-r-frozen-router"]
     finals = [spec for spec in one.machine.ran if spec["stage"] == "final" and spec["max_steps"]]
     assert len(finals) == 6
-    assert one.machine.seconds - before <= plan.estimate_s + 60  # a minute of trials, which this machine does not keep
+    assert one.machine.seconds - before <= plan.estimate_s
 
 
 def test_finalists_are_fewer_where_they_and_their_controls_no_longer_fit(pilot) -> None:
@@ -152,3 +153,23 @@ def test_under_equal_time_one_slow_candidate_asked_for_by_name_waits_for_the_oth
     names = ("perft-r", "lora-qv", "perft-s")
     one = pilot({"others": 0.1, "lora-qv": 10.0}, 1, candidates=names, equal="time", budget_minutes=75.0)
     assert set(one.plan()[1].candidates) == set(names)
+
+
+def test_a_refusal_names_the_slowest_trial_and_the_command_that_goes_on(pilot) -> None:
+    slow = {"candidates": ("perft-r", "lora-qv"), "min_steps": 1, "learning_rates": (1e-3,)}
+    one = pilot({"others": 0.5, "lora-qv": 60.0}, budget_minutes=6.0, **slow)
+    with pytest.raises(ValueError, match="too small") as caught:
+        one.plan()
+    told = str(caught.value)
+    assert "the slowest of them lora-qv with 307 s" in told
+    again = int(told.partition("the same command with --budget-minutes ")[2].split()[0])
+    plan, _, seeds = pilot({"others": 0.5, "lora-qv": 60.0}, budget_minutes=again, **slow).finish()
+    assert (set(plan.candidates), seeds) == ({"perft-r", "lora-qv"}, 3)
+
+
+def test_a_budget_that_trials_alone_have_spent_need_not_be_larger(pilot) -> None:
+    one = pilot({"others": 0.1, "full": 300.0}, budget_minutes=20.0)
+    with pytest.raises(ValueError, match="kept: the same command goes on with it") as caught:
+        one.plan()
+    assert "the slowest of them full with 1507 s" in str(caught.value)
+    assert set(pilot({"others": 0.1}, budget_minutes=20.0).plan()[1].candidates) > {"perft-r", "lora-qv"}
