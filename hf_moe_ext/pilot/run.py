@@ -158,7 +158,7 @@ class _Pilot:
             plan = Plan.from_dict(saved)
             wanted = [c for c in candidates if c.name in (BASE, *plan.candidates)]
             return try_out(self._run, wanted, self._settings, request, lambda *_: None)[0], plan
-        fitting, large = leave_out_too_large(candidates, self.subject.num_parameters, request.processes)
+        fitting, large = leave_out_too_large(candidates, self.subject.num_parameters, request.dtype, request.processes)
         trials, left_out = try_out(
             self._run,
             fitting,

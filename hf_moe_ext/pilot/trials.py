@@ -9,7 +9,7 @@ from hf_moe_ext.pilot.plan import Speed
 from hf_moe_ext.pilot.pool import Result
 from hf_moe_ext.pilot.request import PilotRequest
 from hf_moe_ext.pilot.stages import Run, make_spec
-from hf_moe_ext.pilot.subject import BYTES_PER_TRAINED_PARAMETER
+from hf_moe_ext.pilot.subject import NUMBERS_PER_TRAINED_PARAMETER
 
 BASE = "base"
 TRIAL_STEPS = 5
@@ -72,7 +72,7 @@ def read_speeds(trials: Trials) -> dict[str, Speed]:
 
 
 def leave_out_too_large(
-    candidates: Sequence[Candidate], num_parameters: int, processes: int
+    candidates: Sequence[Candidate], num_parameters: int, dtype: str, processes: int
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates that train all weights where these do not fit: there is no point in trying.
 
@@ -82,7 +82,7 @@ def leave_out_too_large(
     import psutil
     import torch
 
-    needed = BYTES_PER_TRAINED_PARAMETER * num_parameters * processes
+    needed = NUMBERS_PER_TRAINED_PARAMETER * getattr(torch, dtype).itemsize * num_parameters * processes
     if torch.cuda.is_available():
         free, where = torch.cuda.mem_get_info()[0], "on the device"
     else:
