@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -56,6 +56,7 @@ class Plan:
         num_seeds: Of each.
         estimate_s: For everything after the trial steps.
         epochs: Passes over the train rows of a finalist, by name.
+        budget_minutes: That it was made for.
     """
 
     candidates: tuple[str, ...]
@@ -66,6 +67,19 @@ class Plan:
     num_seeds: int
     estimate_s: float
     epochs: dict[str, float]
+    budget_minutes: float
+
+    def without(self, failed: Mapping[str, str]) -> "Plan":
+        """The plan of the others; the reasons are kept."""
+        names = tuple(name for name in self.candidates if name not in failed)
+        return replace(
+            self,
+            candidates=names,
+            steps={name: self.steps[name] for name in names},
+            rates={name: self.rates[name] for name in names},
+            left_out={**self.left_out, **failed},
+            epochs={name: self.epochs[name] for name in names},
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it."""
@@ -160,6 +174,7 @@ def make_plan(
         room.num_seeds,
         _estimate(kept, speeds, rates, room, by_name),
         {name: count * room.batch_size / room.train_rows for name, count in by_name.items()},
+        (room.seconds + room.spent) / 60,
     )
 
 

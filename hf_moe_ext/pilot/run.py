@@ -1,10 +1,11 @@
 """A whole pilot: rows, trial steps, plan, rates, finalists, recommendation, report; each part kept as soon as it is there."""
 
+import math
 import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,9 @@ class _Pilot:
         by_name = {candidate.name: candidate for candidate in candidates}
         with self.progress:
             trials, plan = self._plan(candidates, facts)
+            other_budget = self._tell_other_budget(plan)
+            if other_budget is not None:
+                self.progress.console.print(other_budget)
             kept = [by_name[name] for name in plan.candidates]
             run: Callable[[str, Sequence[Spec]], dict[str, Result]] = self._run
             settings = {c.name: self._settings(c) for c in kept}
@@ -98,7 +102,8 @@ class _Pilot:
             )
         told = conclude(
             request, self.subject, facts, plan, trials, found, results, seeds_run, by_name,
-            {"minutes": (time.monotonic() - self.began) / 60, "resumed": resumed, "machine": self._machine()},
+            {"minutes": (time.monotonic() - self.began) / 60, "resumed": resumed, "machine": self._machine(),
+             "other_budget": other_budget},
         )  # fmt: skip
         write_json(self.folder / RESULT, told)
         return told
@@ -157,7 +162,10 @@ class _Pilot:
         if saved is not None:
             plan = Plan.from_dict(saved)
             wanted = [c for c in candidates if c.name in (BASE, *plan.candidates)]
-            return try_out(self._run, wanted, self._settings, request, lambda *_: None)[0], plan
+            trials, failed = try_out(self._run, wanted, self._settings, request, lambda *_: None)
+            plan = plan.without(failed)  # another machine, or a full one, may fail what the first one could do
+            _refuse_none(plan.candidates, failed)
+            return trials, plan
         fitting, large = leave_out_too_large(candidates, self.subject.num_parameters, request.dtype, request.processes)
         trials, left_out = try_out(
             self._run,
@@ -168,12 +176,21 @@ class _Pilot:
         )
         asked = self._asked(fitting, trials, facts)
         left_out = large | left_out
-        if not asked.candidates:
-            told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-            raise ValueError(f"no candidate can be trained here ({told}). Give other --candidates.")
+        _refuse_none(asked.candidates, left_out)
         plan = make_plan(*asked, left_out)
         write_json(self.folder / PLAN, plan.as_dict())
         return trials, plan
+
+    def _tell_other_budget(self, plan: Plan) -> str | None:
+        """One sentence where the plan was made for another budget and could be another one under this."""
+        given = self.request.budget_minutes
+        is_fixed = self.request.steps is not None and not plan.left_out
+        if is_fixed or math.isclose(given, plan.budget_minutes, rel_tol=1e-6):
+            return None
+        return (
+            f"The plan was made for a budget of {plan.budget_minutes:g} minutes and is kept under {given:g}: another --output "
+            "makes another plan"
+        )
 
     def _asked(self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any]) -> "_Asked":
         """What the plan is made of, as far as it is known by now."""
@@ -235,6 +252,12 @@ class _Asked(NamedTuple):
     speeds: dict[str, Speed]
     rates: dict[str, tuple[float, ...]]
     room: Room
+
+
+def _refuse_none(candidates: Sequence[Any], left_out: Mapping[str, str]) -> None:
+    if not candidates:
+        told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"no candidate can be trained here ({told}). Give other --candidates.")
 
 
 @contextmanager

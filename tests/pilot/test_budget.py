@@ -72,6 +72,7 @@ class Pilot(run._Pilot):
     def finish(self) -> tuple[Plan, list[str], int]:
         """The plan, the finalists and how many seeds of them there was time for."""
         trials, plan = self.plan()
+        self.told = self._tell_other_budget(plan)
         kept = [c for c in self.candidates if c.name in plan.candidates]
         settings: dict[str, dict[str, Any]] = {c.name: {} for c in kept}
         found = stages.search_rates(self._run, kept, plan, settings, 0)
@@ -173,3 +174,37 @@ def test_a_budget_that_trials_alone_have_spent_need_not_be_larger(pilot) -> None
         one.plan()
     assert "the slowest of them full with 1507 s" in str(caught.value)
     assert set(pilot({"others": 0.1}, budget_minutes=20.0).plan()[1].candidates) > {"perft-r", "lora-qv"}
+
+
+def test_gone_on_with_where_a_trial_fails_now(pilot, tmp_path: Path) -> None:
+    """Another number of threads makes other arms, and the machine has less memory."""
+    plan, _, _ = pilot({"others": 0.5}, budget_minutes=10.0).finish()
+    assert "lora-qv" in plan.candidates
+    one = pilot({"others": 0.5}, budget_minutes=10.0, threads=1)
+    one.machine.kept, one.machine.failing = {}, {"lora-qv"}
+    again, finalists, _ = one.finish()
+    assert again.candidates == tuple(name for name in plan.candidates if name != "lora-qv")
+    assert again.left_out == {**plan.left_out, "lora-qv": "no memory is left"}
+    assert "lora-qv" not in {*again.steps, *again.rates, *again.epochs, *finalists}
+    one.machine.kept, one.machine.failing = {}, set(plan.candidates)
+    with pytest.raises(ValueError, match=r"no candidate can be trained here \(perft-r: no memory is left; "):
+        one.plan()
+
+
+def test_gone_on_with_under_another_budget_the_plans_own_is_told(pilot) -> None:
+    one = pilot({"others": 0.5}, budget_minutes=10.0)
+    one.finish()
+    assert one.told is None
+    again = pilot({"others": 0.5}, budget_minutes=120.0)
+    plan, _, _ = again.finish()
+    assert again.told == (
+        "The plan was made for a budget of 10 minutes and is kept under 120: another --output makes another plan"
+    )
+    assert plan.left_out["lora-experts"] == "did not fit the budget of 10 minutes"
+
+
+def test_fixed_steps_of_named_candidates_are_the_plan_of_every_budget(pilot) -> None:
+    for budget in (30.0, 60.0):
+        one = pilot({"others": 0.1}, candidates=("perft-r", "lora-qv"), steps=64, budget_minutes=budget)
+        one.finish()
+        assert one.told is None
