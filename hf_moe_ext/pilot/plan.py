@@ -291,14 +291,14 @@ def _span(arms: Sequence[float], processes: int) -> float:
 def _too_small(kept: Sequence[Candidate], needed: float, room: Room, steps: int, waiting: Sequence[str]) -> ValueError:
     budget = (room.seconds + room.spent) / 60
     names = ", ".join(candidate.name for candidate in kept)
-    more = f"; {', '.join(waiting)} come on top" if waiting else ""
+    more = f", without {', '.join(waiting)}, not tried yet" if waiting else ""
     slowest = max(room.trial_s, key=lambda name: room.trial_s[name], default=None)
     slow = f", the slowest of them {slowest} with {room.trial_s[slowest]:.0f} s" if slowest else ""
     enough = math.ceil(needed / 60 + RESTART_MINUTES)
-    larger = f"with --budget-minutes {enough} " if enough > budget or waiting else ""
+    larger = f"with --budget-minutes {enough} " if enough > budget else ""
     return ValueError(
         f"--budget-minutes {budget:g} is too small: {names} with {steps} steps and {room.num_seeds} seeds need about "
-        f"{math.ceil(needed / 6) / 10:g} minutes on {room.processes} processes beyond the trial steps{more}. It took "
-        f"{room.spent:.0f} s to try them{slow}. What was tried is kept: the same command {larger}goes on with it. Or give "
+        f"{math.ceil(needed / 6) / 10:g} minutes on {room.processes} processes beyond the trial steps{more}. Those took "
+        f"{room.spent:.0f} s until now{slow}. What was tried is kept: the same command {larger}goes on with it. Or give "
         "another --output and fewer --candidates, --seeds or --learning-rates, or shorter arms with --min-steps."
     )

@@ -24,7 +24,7 @@ from hf_moe_ext.pilot.plan import (
     refuse_hopeless,
     tell_budget,
 )
-from hf_moe_ext.pilot.pool import Pool, ProcessPool, Result, Spec
+from hf_moe_ext.pilot.pool import NO_LIMITS, Pool, ProcessPool, Result, Spec
 from hf_moe_ext.pilot.progress import Progress
 from hf_moe_ext.pilot.request import PilotRequest
 from hf_moe_ext.pilot.subject import load_tokenizer, read_subject
@@ -162,7 +162,7 @@ class _Pilot:
         if saved is not None:
             plan = Plan.from_dict(saved)
             wanted = [c for c in candidates if c.name in (BASE, *plan.candidates)]
-            trials, failed = try_out(self._run, wanted, self._settings, request, lambda *_: None)
+            trials, failed = try_out(self._run, wanted, self._settings, request, lambda *_: None, lambda _: math.inf)
             plan = plan.without(failed)  # another machine, or a full one, may fail what the first one could do
             _refuse_none(plan.candidates, failed)
             return trials, plan
@@ -173,6 +173,7 @@ class _Pilot:
             self._settings,
             request,
             lambda trials, waiting: self._why_enough(fitting, trials, facts, waiting),
+            self._trial_limit,
         )
         asked = self._asked(fitting, trials, facts)
         left_out = large | left_out
@@ -221,10 +222,17 @@ class _Pilot:
             return "its speed could not be tried within a quarter of the budget"
         return None
 
-    def _run(self, stage: str, specs: Sequence[Spec]) -> dict[str, Result]:
+    def _trial_limit(self, trials: Trials) -> float:
+        """Seconds for one more trial: what is left of the trials' share, or twice the slowest one before."""
+        if self.request.candidates:
+            return math.inf
+        left = self.began + TRIAL_SHARE * 60 * self.request.budget_minutes - time.monotonic()
+        return max(left, 2 * max((t["measured"]["wall_s"] for t in trials.values()), default=0.0))
+
+    def _run(self, stage: str, specs: Sequence[Spec], limits: Mapping[str, float] = NO_LIMITS) -> dict[str, Result]:
         with self.progress.stage(stage, len(specs)) as done:
             assert self.pool is not None
-            return self.pool.run(specs, done)
+            return self.pool.run(specs, done, limits)
 
     def _num_finalists(self, plan: Plan, trials: Trials) -> int:
         """Fewer than planned where the rounds before took longer than they should have."""
