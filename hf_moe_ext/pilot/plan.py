@@ -6,41 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from hf_moe_ext.pilot.candidates import CONTROL_OF, Candidate
+from hf_moe_ext.pilot.candidates import Candidate
+from hf_moe_ext.pilot.duration import Speed, estimate_stages
 
-# Rungs of successive halving, as shares of a finalist's steps.
-FIRST_RUNG, SECOND_RUNG = 0.25, 0.5
-RATES_IN_SECOND_RUNG = 2
 MIN_TRAINED = 2  # fewer is no comparison
 COMFORTABLE_TRAINED, COMFORTABLE_FACTOR = 4, 2  # keep so many before steps go below so many times the least
 MAX_EPOCHS = 3  # a pilot that reads its rows more often measures how they are memorised
-SAFETY = 1.15
 RESTART_MINUTES = 1  # what a pilot that goes on takes until it knows again what it knew
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a short trial of a candidate measured, in seconds.
-
-    Attributes:
-        startup: Until the first step.
-        step: Of one.
-        choice: Losses of the rows that rates are chosen by.
-        finish: What a finalist takes beyond its steps and its start.
-    """
-
-    startup: float
-    step: float
-    choice: float
-    finish: float
-
-    def rung(self, share: float, steps: int) -> float:
-        """One arm of a rung, which trains that share of a finalist's steps."""
-        return self.startup + self.choice + share * steps * self.step
-
-    def final(self, steps: int) -> float:
-        """One seed of a finalist."""
-        return self.startup + self.finish + steps * self.step
 
 
 @dataclass(frozen=True)
@@ -252,40 +224,10 @@ def _estimate(
     room: Room,
     steps: Mapping[str, int],
 ) -> float:
-    """Seconds of all stages, one after another: none begins before every arm of the one before has ended."""
-    first, second = [], []
-    for c in kept:
-        if len(rates[c.name]) > 1:
-            first += len(rates[c.name]) * [speeds[c.name].rung(FIRST_RUNG, steps[c.name])]
-        second += min(len(rates[c.name]), RATES_IN_SECOND_RUNG) * [speeds[c.name].rung(SECOND_RUNG, steps[c.name])]
-    seed = estimate_seed([c.name for c in kept], speeds, steps, room.num_finalists, room.processes)
-    return SAFETY * (_span(first, room.processes) + _span(second, room.processes) + room.num_seeds * seed)
-
-
-def estimate_seed(
-    kept: Sequence[str], speeds: Mapping[str, Speed], steps: Mapping[str, int], num_finalists: int, processes: int
-) -> float:
-    """Seconds of one seed of the finalists, should they be the slowest; the controls of any come on top.
-
-    Args:
-        kept: Names of the candidates.
-        speeds: By name.
-        steps: Of a finalist, by name.
-        num_finalists: Most of them.
-        processes: Arms at a time.
-    """
-    final = {name: speeds[name].final(steps[name]) for name in kept}
-    controls = [final[name] for name in kept if CONTROL_OF.get(name) in final]
-    others = sorted((final[name] for name in kept if CONTROL_OF.get(name) not in final), reverse=True)
-    return _span(controls + others[:num_finalists], processes)
-
-
-def _span(arms: Sequence[float], processes: int) -> float:
-    """Seconds of a stage: its arms by length, so many at a time, and each round as long as its longest.
-
-    That is the pool's own time for arms of one length, and never above `work / processes + longest`.
-    """
-    return sum(sorted(arms, reverse=True)[::processes])
+    return estimate_stages(
+        [c.name for c in kept], speeds, steps, {c.name: len(rates[c.name]) for c in kept}, room.num_finalists,
+        room.num_seeds, room.processes,
+    )  # fmt: skip
 
 
 def _too_small(kept: Sequence[Candidate], needed: float, room: Room, steps: int, waiting: Sequence[str]) -> ValueError:

@@ -12,18 +12,9 @@ from typing import Any, NamedTuple
 
 from hf_moe_ext.pilot import stages
 from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
+from hf_moe_ext.pilot.duration import Speed, estimate_seed
 from hf_moe_ext.pilot.folder import PLAN, RESULT, claim_folder, read_json, write_json
-from hf_moe_ext.pilot.plan import (
-    MIN_TRAINED,
-    Plan,
-    Room,
-    Speed,
-    estimate_seed,
-    fills_budget,
-    make_plan,
-    refuse_hopeless,
-    tell_budget,
-)
+from hf_moe_ext.pilot.plan import MIN_TRAINED, Plan, Room, fills_budget, make_plan, refuse_hopeless, tell_budget
 from hf_moe_ext.pilot.pool import NO_LIMITS, Pool, ProcessPool, Result, Spec
 from hf_moe_ext.pilot.progress import Progress
 from hf_moe_ext.pilot.request import PilotRequest

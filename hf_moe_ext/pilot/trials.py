@@ -5,7 +5,8 @@ from typing import Any
 
 from hf_moe_ext.pilot.arm import DONE
 from hf_moe_ext.pilot.candidates import Candidate
-from hf_moe_ext.pilot.plan import MIN_TRAINED, Speed
+from hf_moe_ext.pilot.duration import Speed
+from hf_moe_ext.pilot.plan import MIN_TRAINED
 from hf_moe_ext.pilot.pool import Result, Spec
 from hf_moe_ext.pilot.request import PilotRequest
 from hf_moe_ext.pilot.stages import make_spec

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from hf_moe_ext.pilot.candidates import TABLE
-from hf_moe_ext.pilot.plan import Plan, Room, Speed, fills_budget, make_plan
+from hf_moe_ext.pilot.duration import Speed
+from hf_moe_ext.pilot.plan import Plan, Room, fills_budget, make_plan
 
 CANDIDATES = [candidate for candidate in TABLE if candidate.kind != "base" and candidate.needs != "dense"]
 SPEEDS = {candidate.name: Speed(1.0, 0.1, 1.0, 5.0) for candidate in CANDIDATES}
