@@ -126,7 +126,7 @@ def make_plan(
         if needed <= room.seconds:
             break
         if len(kept) <= enough:
-            raise _too_small(kept, needed, room, steps, ())
+            raise _too_small(kept, needed, room, steps, (), needed)
         kept.pop()
     while (
         room.steps is None
@@ -184,8 +184,17 @@ def refuse_hopeless(
     kept = candidates[:MIN_TRAINED] if room.may_drop else candidates
     steps = _shortest(kept, room)
     needed = _estimate(kept, speeds, rates, room, steps)
-    if kept and needed > room.seconds:
-        raise _too_small(kept, needed, room, max(steps.values()), () if room.may_drop else waiting)
+    if not kept or needed <= room.seconds:
+        return
+    others = () if room.may_drop else waiting
+    slowest = max(kept, key=lambda c: speeds[c.name].step).name
+    names = [*(c.name for c in kept), *others]
+    likely = estimate_stages(
+        names, {**dict.fromkeys(others, speeds[slowest]), **speeds}, {**dict.fromkeys(others, steps[slowest]), **steps},
+        {name: len(rates.get(name, rates[slowest])) for name in names}, room.num_finalists, room.num_seeds, room.processes,
+    )  # fmt: skip
+    trials = math.ceil(len(others) / room.processes) * max(room.trial_s.values(), default=0.0)
+    raise _too_small(kept, needed, room, max(steps.values()), others, likely + trials)
 
 
 def tell_budget(room: Room) -> str:
@@ -230,13 +239,16 @@ def _estimate(
     )  # fmt: skip
 
 
-def _too_small(kept: Sequence[Candidate], needed: float, room: Room, steps: int, waiting: Sequence[str]) -> ValueError:
+def _too_small(
+    kept: Sequence[Candidate], needed: float, room: Room, steps: int, waiting: Sequence[str], likely: float
+) -> ValueError:
+    """The refusal; `likely` are the seconds with those that wait, were they as slow as the slowest that was tried."""
     budget = (room.seconds + room.spent) / 60
     names = ", ".join(candidate.name for candidate in kept)
     more = f", without {', '.join(waiting)}, not tried yet" if waiting else ""
     slowest = max(room.trial_s, key=lambda name: room.trial_s[name], default=None)
     slow = f", the slowest of them {slowest} with {room.trial_s[slowest]:.0f} s" if slowest else ""
-    enough = math.ceil(needed / 60 + RESTART_MINUTES)
+    enough = math.ceil(likely / 60 + RESTART_MINUTES)
     larger = f"with --budget-minutes {enough} " if enough > budget else ""
     return ValueError(
         f"--budget-minutes {budget:g} is too small: {names} with {steps} steps and {room.num_seeds} seeds need about "

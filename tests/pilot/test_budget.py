@@ -145,11 +145,13 @@ NINE = ("perft-r", "lora-qv", "perft-s", "full", "perft-e", "lora-experts", "per
 
 def test_candidates_asked_for_by_name_are_refused_as_soon_as_that_is_certain(pilot) -> None:
     one = pilot({"others": 5.0}, startup_s=30.0, candidates=NINE, budget_minutes=1.0)
-    with pytest.raises(
-        ValueError, match=r"too small: perft-r with 64 steps .* without lora-qv, .*, perft-r-wide, not tried yet"
-    ):
+    told = r"too small: perft-r with 64 steps .*, without lora-qv, .*, perft-r-wide, not tried yet"
+    with pytest.raises(ValueError, match=told) as caught:
         one.plan()
     assert [spec["candidate"]["name"] for spec in one.machine.ran] == ["base", "perft-r"]
+    enough = int(str(caught.value).partition("the same command with --budget-minutes ")[2].split()[0])
+    again = pilot({"others": 5.0}, startup_s=30.0, candidates=NINE, budget_minutes=enough)
+    assert again.plan()[1].candidates == NINE
 
 
 @pytest.mark.parametrize("equal", ["tokens", "time"])
@@ -183,7 +185,7 @@ def test_a_refusal_names_the_slowest_trial_and_the_command_that_goes_on(pilot) -
 
 
 def test_a_budget_that_trials_alone_have_spent_need_not_be_larger(pilot) -> None:
-    one = pilot({"others": 0.1, "lora-qv": 130.0}, 1, candidates=("lora-qv", "perft-r"), **SHORT, budget_minutes=20.0)
+    one = pilot({"others": 0.1, "lora-qv": 130.0}, 1, candidates=("perft-r", "lora-qv"), **SHORT, budget_minutes=20.0)
     with pytest.raises(ValueError, match="kept: the same command goes on with it") as caught:
         one.plan()
     assert "the slowest of them lora-qv with 657 s" in str(caught.value)
