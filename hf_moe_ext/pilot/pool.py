@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from hf_moe_ext.pilot.arm import FAILED, NO_SPACE_CODE
@@ -11,6 +12,7 @@ from hf_moe_ext.pilot.arm_server import ArmServer
 from hf_moe_ext.pilot.folder import ARMS, NoSpaceError, read_json, write_json
 
 LOG_LINES = 3
+NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 Spec = dict[str, Any]
 Result = dict[str, Any]
@@ -19,8 +21,14 @@ Result = dict[str, Any]
 class Pool(Protocol):
     """Something that runs arms."""
 
-    def run(self, specs: Sequence[Spec], on_done: Callable[[Result], None]) -> dict[str, Result]:
-        """Results by arm, in the order of the specs; those that are on disk already are not run again."""
+    def run(
+        self, specs: Sequence[Spec], on_done: Callable[[Result], None], limits: Mapping[str, float] = NO_LIMITS
+    ) -> dict[str, Result]:
+        """Results by arm, in the order of the specs; those that are on disk already are not run again.
+
+        An arm that takes longer than its own limit in seconds is ended and has failed, which is not kept: what had too little
+        time once may have more another time.
+        """
         ...
 
     def close(self) -> None:
@@ -50,7 +58,9 @@ class ProcessPool:
         self.arms = folder / ARMS
         self.server: ArmServer | None = None
 
-    def run(self, specs: Sequence[Spec], on_done: Callable[[Result], None]) -> dict[str, Result]:
+    def run(
+        self, specs: Sequence[Spec], on_done: Callable[[Result], None], limits: Mapping[str, float] = NO_LIMITS
+    ) -> dict[str, Result]:
         """Run the arms, several at a time.
 
         Raises:
@@ -75,10 +85,10 @@ class ProcessPool:
             assert self.server is not None
             for event in self.server.events():
                 spec, began = running.pop(event["ended"])
-                results[spec["id"]] = result = self._result(spec, event["code"], time.monotonic() - began)
+                results[spec["id"]] = result = self._result(spec, event["code"], time.monotonic() - began, limits)
                 on_done(result)
             for name, (_, began) in running.items():
-                if time.monotonic() - began > self.limit_s:
+                if time.monotonic() - began > min(self.limit_s, limits.get(name, self.limit_s)):
                     self.server.tell(kill=name)
         return {spec["id"]: results[spec["id"]] for spec in specs}
 
@@ -97,7 +107,7 @@ class ProcessPool:
         paths = {"spec": f"{name}.spec.json", "result": f"{name}.json", "log": f"{name}.log"}
         self.server.tell(start=name, **{key: str(self.arms / file) for key, file in paths.items()})
 
-    def _result(self, spec: Spec, code: int, seconds: float) -> Result:
+    def _result(self, spec: Spec, code: int, seconds: float, limits: Mapping[str, float]) -> Result:
         """What an arm wrote; a failure, written here, where it wrote nothing.
 
         Raises:
@@ -108,10 +118,14 @@ class ProcessPool:
         path = self.arms / f"{spec['id']}.json"
         result: Result | None = read_json(path)
         if result is None:
-            why = "it took longer than the whole budget" if seconds > self.limit_s else self._last_lines(spec)
-            write_json(path, {"spec": spec, "status": FAILED, "reason": f"its process ended with code {code}: {why}"})
-            result = read_json(path)
-            assert result is not None
+            limit_s = min(self.limit_s, limits.get(spec["id"], self.limit_s))
+            is_late = seconds > limit_s
+            why = f"it took longer than {limit_s:.0f} s" if is_late else self._last_lines(spec)
+            result = {"spec": spec, "status": FAILED, "reason": f"its process ended with code {code}: {why}"}
+            if not is_late or limit_s == self.limit_s:
+                write_json(path, result)
+                result = read_json(path)  # as a pilot that goes on will read it
+                assert result is not None
         return result
 
     def _last_lines(self, spec: Spec) -> str:

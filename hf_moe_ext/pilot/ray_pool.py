@@ -1,10 +1,10 @@
 """Arms on a Ray cluster. Thin: a task is the process that `pool.py` would start; the output folder must be shared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_moe_ext.pilot.pool import ProcessPool, Result, Spec, read_result
+from hf_moe_ext.pilot.pool import NO_LIMITS, ProcessPool, Result, Spec, read_result
 
 
 class RayPool:
@@ -34,14 +34,16 @@ class RayPool:
             raise ValueError(f"--ray-address {address} cannot be reached: {error}") from error
         self.ray, self.folder, self.threads, self.limit_s = ray, folder.resolve(), threads, limit_s
 
-    def run(self, specs: Sequence[Spec], on_done: Callable[[Result], None]) -> dict[str, Result]:
+    def run(
+        self, specs: Sequence[Spec], on_done: Callable[[Result], None], limits: Mapping[str, float] = NO_LIMITS
+    ) -> dict[str, Result]:
         """Run the arms, as many at a time as the cluster has room for."""
         results = {spec["id"]: known for spec in specs if (known := read_result(self.folder, spec)) is not None}
         for known in results.values():
             on_done(known)
         task = self.ray.remote(num_cpus=self.threads, max_retries=0)(_run_one)
         waiting: list[Any] = [
-            task.remote(str(self.folder), spec, self.threads, self.limit_s)
+            task.remote(str(self.folder), spec, self.threads, self.limit_s, dict(limits))
             for spec in specs
             if spec["id"] not in results
         ]
@@ -61,9 +63,9 @@ class RayPool:
         self.ray.shutdown()
 
 
-def _run_one(folder: str, spec: Spec, threads: int, limit_s: float) -> Result:
+def _run_one(folder: str, spec: Spec, threads: int, limit_s: float, limits: dict[str, float]) -> Result:
     pool = ProcessPool(Path(folder), 1, threads, limit_s)
     try:
-        return pool.run([spec], lambda _: None)[spec["id"]]
+        return pool.run([spec], lambda _: None, limits)[spec["id"]]
     finally:
         pool.close()

@@ -120,6 +120,8 @@ def collect_doubts(told: Mapping[str, Any]) -> list[str]:
     for reason in dict.fromkeys(plan["left_out"].values()):
         names = [name for name, why in plan["left_out"].items() if why == reason]
         doubts.append(f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} left out: {reason}")
+    if told["ran"]["other_budget"]:
+        doubts.append(told["ran"]["other_budget"])
     doubts += [
         f"The best learning rate of {arm['candidate']}, {arm['learning_rate']:g}, lies at the edge of those tried"
         for arm in told["arms"]

@@ -1,19 +1,21 @@
 """A whole pilot: rows, trial steps, plan, rates, finalists, recommendation, report; each part kept as soon as it is there."""
 
+import math
 import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_moe_ext.pilot import stages
 from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
+from hf_moe_ext.pilot.duration import Speed, estimate_seed
 from hf_moe_ext.pilot.folder import PLAN, RESULT, claim_folder, read_json, write_json
-from hf_moe_ext.pilot.plan import Plan, Room, Speed, fills_budget, make_plan, tell_budget
-from hf_moe_ext.pilot.pool import Pool, ProcessPool, Result, Spec
+from hf_moe_ext.pilot.plan import MIN_TRAINED, Plan, Room, fills_budget, make_plan, refuse_hopeless, tell_budget
+from hf_moe_ext.pilot.pool import NO_LIMITS, Pool, ProcessPool, Result, Spec
 from hf_moe_ext.pilot.progress import Progress
 from hf_moe_ext.pilot.request import PilotRequest
 from hf_moe_ext.pilot.subject import load_tokenizer, read_subject
@@ -76,6 +78,9 @@ class _Pilot:
         by_name = {candidate.name: candidate for candidate in candidates}
         with self.progress:
             trials, plan = self._plan(candidates, facts)
+            other_budget = self._tell_other_budget(plan)
+            if other_budget is not None:
+                self.progress.console.print(other_budget)
             kept = [by_name[name] for name in plan.candidates]
             run: Callable[[str, Sequence[Spec]], dict[str, Result]] = self._run
             settings = {c.name: self._settings(c) for c in kept}
@@ -88,7 +93,8 @@ class _Pilot:
             )
         told = conclude(
             request, self.subject, facts, plan, trials, found, results, seeds_run, by_name,
-            {"minutes": (time.monotonic() - self.began) / 60, "resumed": resumed, "machine": self._machine()},
+            {"minutes": (time.monotonic() - self.began) / 60, "resumed": resumed, "machine": self._machine(),
+             "other_budget": other_budget},
         )  # fmt: skip
         write_json(self.folder / RESULT, told)
         return told
@@ -147,19 +153,36 @@ class _Pilot:
         if saved is not None:
             plan = Plan.from_dict(saved)
             wanted = [c for c in candidates if c.name in (BASE, *plan.candidates)]
-            return try_out(self._run, wanted, self._settings, request, lambda _: None)[0], plan
-        fitting, large = leave_out_too_large(candidates, self.subject.num_parameters, request.processes)
+            trials, failed = try_out(self._run, wanted, self._settings, request, lambda *_: None, lambda _: math.inf)
+            plan = plan.without(failed)  # another machine, or a full one, may fail what the first one could do
+            _refuse_none(plan.candidates, failed)
+            return trials, plan
+        fitting, large = leave_out_too_large(candidates, self.subject.num_parameters, request.dtype, request.processes)
         trials, left_out = try_out(
-            self._run, fitting, self._settings, request, lambda trials: self._why_enough(fitting, trials, facts)
+            self._run,
+            fitting,
+            self._settings,
+            request,
+            lambda trials, waiting: self._why_enough(fitting, trials, facts, waiting),
+            self._trial_limit,
         )
         asked = self._asked(fitting, trials, facts)
         left_out = large | left_out
-        if not asked.candidates:
-            told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-            raise ValueError(f"no candidate can be trained here ({told}). Give other --candidates.")
+        _refuse_none(asked.candidates, left_out)
         plan = make_plan(*asked, left_out)
         write_json(self.folder / PLAN, plan.as_dict())
         return trials, plan
+
+    def _tell_other_budget(self, plan: Plan) -> str | None:
+        """One sentence where the plan was made for another budget and could be another one under this."""
+        given = self.request.budget_minutes
+        is_fixed = self.request.steps is not None and not plan.left_out
+        if is_fixed or math.isclose(given, plan.budget_minutes, rel_tol=1e-6):
+            return None
+        return (
+            f"The plan was made for a budget of {plan.budget_minutes:g} minutes and is kept under {given:g}: another --output "
+            "makes another plan"
+        )
 
     def _asked(self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any]) -> "_Asked":
         """What the plan is made of, as far as it is known by now."""
@@ -168,35 +191,50 @@ class _Pilot:
         room = Room(
             60 * request.budget_minutes - spent, spent, request.processes, request.num_seeds, request.num_finalists,
             request.min_steps, request.steps, request.batch_size, facts["train_rows"], request.equal == "time",
-            may_drop=not request.candidates,
+            may_drop=not request.candidates, trial_s={n: t["measured"]["wall_s"] for n, t in trials.items()},
         )  # fmt: skip
         tried = [c for c in candidates if c.name in speeds]
         return _Asked(tried, speeds, {c.name: request.learning_rates or c.learning_rates for c in tried}, room)
 
-    def _why_enough(self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any]) -> str | None:
-        """Why no more candidates need be tried; None where they do."""
+    def _why_enough(
+        self, candidates: Sequence[Candidate], trials: Trials, facts: dict[str, Any], waiting: Sequence[str]
+    ) -> str | None:
+        """Why no more candidates need be tried; None where they do.
+
+        Raises:
+            ValueError: No plan will fit the budget.
+        """
         asked = self._asked(candidates, trials, facts)
         room = asked.room
+        refuse_hopeless(*asked, waiting)
         if fills_budget(*asked):
             return tell_budget(room)
         if room.may_drop and len(trials) > 2 and room.spent > TRIAL_SHARE * (room.spent + room.seconds):
             return "its speed could not be tried within a quarter of the budget"
         return None
 
-    def _run(self, stage: str, specs: Sequence[Spec]) -> dict[str, Result]:
+    def _trial_limit(self, trials: Trials) -> float:
+        """Seconds for one more trial: what is left of the trials' share, or twice the slowest one before."""
+        if self.request.candidates:
+            return math.inf
+        left = self.began + TRIAL_SHARE * 60 * self.request.budget_minutes - time.monotonic()
+        return max(left, 2 * max((t["measured"]["wall_s"] for t in trials.values()), default=0.0))
+
+    def _run(self, stage: str, specs: Sequence[Spec], limits: Mapping[str, float] = NO_LIMITS) -> dict[str, Result]:
         with self.progress.stage(stage, len(specs)) as done:
             assert self.pool is not None
-            return self.pool.run(specs, done)
+            return self.pool.run(specs, done, limits)
 
     def _num_finalists(self, plan: Plan, trials: Trials) -> int:
         """Fewer than planned where the rounds before took longer than they should have."""
         if self.request.steps:
             return plan.num_finalists
-        left = self._deadline() - time.monotonic()
-        speeds = read_speeds(trials)
-        longest = max(speeds[name].final(plan.steps[name]) for name in plan.candidates)
-        fit = int(left * self.request.processes / (longest * plan.num_seeds))
-        return min(plan.num_finalists, max(2, fit))
+        left, speeds = self._deadline() - time.monotonic(), read_speeds(trials)
+        for count in range(plan.num_finalists, MIN_TRAINED, -1):
+            seed = estimate_seed(plan.candidates, speeds, plan.steps, count, self.request.processes)
+            if plan.num_seeds * seed <= left:
+                return count
+        return min(plan.num_finalists, MIN_TRAINED)
 
     def _machine(self) -> dict[str, Any]:
         return {
@@ -213,6 +251,12 @@ class _Asked(NamedTuple):
     speeds: dict[str, Speed]
     rates: dict[str, tuple[float, ...]]
     room: Room
+
+
+def _refuse_none(candidates: Sequence[Any], left_out: Mapping[str, str]) -> None:
+    if not candidates:
+        told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"no candidate can be trained here ({told}). Give other --candidates.")
 
 
 @contextmanager

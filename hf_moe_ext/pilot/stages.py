@@ -9,7 +9,8 @@ from typing import Any
 
 from hf_moe_ext.pilot.arm import DONE
 from hf_moe_ext.pilot.candidates import CONTROL_OF, RATE_FACTOR, Candidate
-from hf_moe_ext.pilot.plan import FIRST_RUNG, RATES_IN_SECOND_RUNG, SECOND_RUNG, Plan
+from hf_moe_ext.pilot.duration import FIRST_RUNG, RATES_IN_SECOND_RUNG, SECOND_RUNG
+from hf_moe_ext.pilot.plan import Plan
 from hf_moe_ext.pilot.pool import Result, Spec
 
 Run = Callable[[str, Sequence[Spec]], dict[str, Result]]

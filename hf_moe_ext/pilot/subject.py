@@ -11,7 +11,7 @@ from hf_moe_ext.convert.dense_parents import refuse_homeless
 from hf_moe_ext.host.blocks import explain_no_blocks, iterate_experts
 from hf_moe_ext.pilot.attachment import expert_parameters
 
-BYTES_PER_TRAINED_PARAMETER = 16  # float32 weight, gradient and two states of AdamW
+NUMBERS_PER_TRAINED_PARAMETER = 4  # weight, gradient and two states of AdamW, all of the weight's type
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def conclude(
         results: The finalists', by candidate, seed by seed.
         seeds_run: Of the planned ones.
         candidates: By name.
-        ran: `minutes`, `resumed`, `machine`.
+        ran: `minutes`, `resumed`, `machine`, `other_budget` (a sentence, where the plan was made for another one).
     """
     arms = [_row(candidates[BASE], trials[BASE], None, [trials[BASE]], request)]
     arms += [

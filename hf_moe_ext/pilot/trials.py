@@ -5,33 +5,37 @@ from typing import Any
 
 from hf_moe_ext.pilot.arm import DONE
 from hf_moe_ext.pilot.candidates import Candidate
-from hf_moe_ext.pilot.plan import Speed
-from hf_moe_ext.pilot.pool import Result
+from hf_moe_ext.pilot.duration import Speed
+from hf_moe_ext.pilot.plan import MIN_TRAINED
+from hf_moe_ext.pilot.pool import Result, Spec
 from hf_moe_ext.pilot.request import PilotRequest
-from hf_moe_ext.pilot.stages import Run, make_spec
-from hf_moe_ext.pilot.subject import BYTES_PER_TRAINED_PARAMETER
+from hf_moe_ext.pilot.stages import make_spec
+from hf_moe_ext.pilot.subject import NUMBERS_PER_TRAINED_PARAMETER
 
 BASE = "base"
 TRIAL_STEPS = 5
 
 Trials = dict[str, Result]
+TimedRun = Callable[[str, Sequence[Spec], Mapping[str, float]], dict[str, Result]]
 
 
 def try_out(
-    run: Run,
+    run: TimedRun,
     candidates: Sequence[Candidate],
     settings: Callable[[Candidate], Mapping[str, Any]],
     request: PilotRequest,
-    why_enough: Callable[[Trials], str | None],
+    why_enough: Callable[[Trials, Sequence[str]], str | None],
+    limit_s: Callable[[Trials], float],
 ) -> tuple[Trials, dict[str, str]]:
     """Some candidates at a time until there are enough; the base is measured whole, once: it has nothing to train.
 
     Args:
-        run: Runs arms.
+        run: Runs arms, some of them with a limit in seconds.
         candidates: In the order in which they are tried.
         settings: Of every arm of a candidate.
         request: Of the pilot.
-        why_enough: Why no more need be tried after these; None where they do.
+        why_enough: Why, after these, the ones of these names need not be tried; None where they do.
+        limit_s: Seconds that a trial may take after these; the first ones have no limit, since without them there is no pilot.
 
     Returns:
         Results by candidate, and the candidates left out with the reason.
@@ -42,17 +46,19 @@ def try_out(
     trials: Trials = {}
     left_out: dict[str, str] = {}
     for start in range(0, len(candidates), request.processes):
-        reason = why_enough(trials) if trials else None
+        reason = why_enough(trials, [c.name for c in candidates[start:]]) if trials else None
         if reason is not None:
             return trials, left_out | {c.name: reason for c in candidates[start:]}
-        specs = []
-        for c in candidates[start : start + request.processes]:
+        specs, limits = [], {}
+        for place, c in enumerate(candidates[start : start + request.processes], start):
             if c.name == BASE:
                 specs.append(make_spec(settings(c), c, None, request.seed, 0, "final"))
             else:  # any rate will do: the speed is asked, not what it learns
                 rate = min(request.learning_rates or c.learning_rates)
                 specs.append(make_spec(settings(c), c, rate, request.seed, TRIAL_STEPS, "trial"))
-        for result in run("trial steps", specs).values():
+                if place > MIN_TRAINED:
+                    limits[specs[-1]["id"]] = limit_s(trials)
+        for result in run("trial steps", specs, limits).values():
             name = result["spec"]["candidate"]["name"]
             if result["status"] == DONE:
                 trials[name] = result
@@ -72,7 +78,7 @@ def read_speeds(trials: Trials) -> dict[str, Speed]:
 
 
 def leave_out_too_large(
-    candidates: Sequence[Candidate], num_parameters: int, processes: int
+    candidates: Sequence[Candidate], num_parameters: int, dtype: str, processes: int
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates that train all weights where these do not fit: there is no point in trying.
 
@@ -82,7 +88,7 @@ def leave_out_too_large(
     import psutil
     import torch
 
-    needed = BYTES_PER_TRAINED_PARAMETER * num_parameters * processes
+    needed = NUMBERS_PER_TRAINED_PARAMETER * getattr(torch, dtype).itemsize * num_parameters * processes
     if torch.cuda.is_available():
         free, where = torch.cuda.mem_get_info()[0], "on the device"
     else:

@@ -1,11 +1,13 @@
 """What fits a budget, and what does not."""
 
+import random
 from dataclasses import replace
 
 import pytest
 
 from hf_moe_ext.pilot.candidates import TABLE
-from hf_moe_ext.pilot.plan import Plan, Room, Speed, fills_budget, make_plan
+from hf_moe_ext.pilot.duration import Speed
+from hf_moe_ext.pilot.plan import Plan, Room, fills_budget, make_plan
 
 CANDIDATES = [candidate for candidate in TABLE if candidate.kind != "base" and candidate.needs != "dense"]
 SPEEDS = {candidate.name: Speed(1.0, 0.1, 1.0, 5.0) for candidate in CANDIDATES}
@@ -69,6 +71,73 @@ def test_trials_end_where_a_plan_of_all_would_leave_the_last_one_out() -> None:
         assert fills_budget(CANDIDATES[:count], SPEEDS, RATES, room) == (count > kept)
     assert not fills_budget(CANDIDATES, SPEEDS, RATES, replace(room, may_drop=False))
     assert not fills_budget(CANDIDATES[:1], SPEEDS, RATES, replace(room, seconds=1.0))
+
+
+def test_under_equal_time_a_slow_candidate_does_not_end_the_trials() -> None:
+    """A fast one after it lowers everyone's steps, so that all three fit where the first two alone would not."""
+    room = replace(ROOM, seconds=3200.0, equal_time=True)
+    first = CANDIDATES[:3]
+    speeds = {c.name: Speed(1.0, step, 1.0, 5.0) for c, step in zip(first, (0.1, 10.0, 0.1), strict=True)}
+    assert set(make_plan(first, speeds, RATES, room, {}).candidates) == {c.name for c in first}
+    assert not fills_budget(first[:2], speeds, RATES, room)
+    assert fills_budget(first[:2], speeds, RATES, replace(room, seconds=1000.0))  # not even with the least steps
+
+
+@pytest.mark.parametrize("equal_time", [False, True])
+def test_trials_that_end_early_leave_the_plan_as_it_would_have_been(equal_time: bool) -> None:
+    draw = random.Random(0)
+    ended = 0
+    for _ in range(400):
+        speeds = {c.name: Speed(draw.uniform(1, 10), 10 ** draw.uniform(-2, 1), 1.0, 5.0) for c in CANDIDATES}
+        room = replace(
+            ROOM, seconds=10 ** draw.uniform(2, 4.5), equal_time=equal_time, processes=draw.choice((1, 2, 8))
+        )
+        counts = range(1, len(CANDIDATES) + 1)
+        enough = next((n for n in counts if fills_budget(CANDIDATES[:n], speeds, RATES, room)), len(CANDIDATES))
+        ended += enough < len(CANDIDATES)
+        assert _kept(CANDIDATES[:enough], speeds, room) == _kept(CANDIDATES, speeds, room)
+    assert ended > 40
+
+
+def _kept(candidates, speeds, room) -> tuple[str, ...]:
+    try:
+        return make_plan(candidates, speeds, RATES, room, {}).candidates
+    except ValueError:
+        return ()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("num_seeds", [1, 3, 10])
+def test_the_estimate_is_no_less_than_stage_after_stage_takes(processes: int, count: int, num_seeds: int) -> None:
+    first = CANDIDATES[:count]
+    room = replace(ROOM, seconds=1e5, steps=256, processes=processes, num_seeds=num_seeds)
+    for steps_s in ((1.0,) * 4, (1.0, 0.3, 3.0, 0.5)):
+        speeds = {c.name: Speed(5.0, step, 2.0, 10.0) for c, step in zip(first, steps_s, strict=False)}
+        rungs = [
+            [
+                speeds[c.name].startup + speeds[c.name].choice + steps * speeds[c.name].step
+                for c in first
+                for _ in range(n)
+            ]
+            for steps, n in ((64, 3), (128, 2))
+        ]
+        finals = [speeds[c.name].final(256) for c in first]
+        takes = sum(_simulate(arms, processes) for arms in (*rungs, *[finals] * num_seeds))
+        estimate = make_plan(first, speeds, RATES, room, {}).estimate_s
+        work = sum(sum(arms) for arms in (*rungs, *[finals] * num_seeds))
+        assert takes <= estimate <= 1.15 * (work / processes + sum(map(max, rungs)) + num_seeds * max(finals))
+        if len(set(steps_s)) == 1:
+            assert estimate == pytest.approx(1.15 * takes)
+
+
+def _simulate(arms: list[float], processes: int) -> float:
+    """As the pool runs them: the next one where a process is free."""
+    free = [0.0] * processes
+    for seconds in arms:
+        first = free.index(min(free))
+        free[first] += seconds
+    return max(free)
 
 
 def _fits(**changes) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from hf_moe_ext.pilot import rows, stages
 from hf_moe_ext.pilot.candidates import TABLE
-from hf_moe_ext.pilot.pool import ProcessPool
+from hf_moe_ext.pilot.pool import ProcessPool, read_result
 from hf_moe_ext.pilot.ray_pool import RayPool
 from hf_moe_ext.pilot.run import run_pilot
 from hf_moe_ext.pilot.subject import load_tokenizer
@@ -61,10 +61,21 @@ def test_a_crash_and_a_hang_are_failures_of_that_arm(folder: Path, moe_dir: Path
     finally:
         pool.close()
     assert "nowhere" in results[missing["id"]]["reason"]
-    assert results[endless["id"]]["reason"].startswith("its process ended with code -9: it took longer")
+    assert results[endless["id"]]["reason"] == "its process ended with code -9: it took longer than 25 s"
     known = ProcessPool(folder, 2, 1, 25.0)  # a failure is a result as well: it is not tried again
     assert known.run([missing, endless], lambda _: None) == results
     assert known.server is None
+
+
+def test_an_arm_ended_by_a_limit_of_its_own_may_be_tried_again(folder: Path, moe_dir: Path) -> None:
+    endless = stages.make_spec(_settings(moe_dir, folder), TABLE[2], 1e-3, 0, 100_000, "trial")
+    pool = ProcessPool(folder, 1, 1, 600.0)
+    try:
+        results = pool.run([endless], lambda _: None, {endless["id"]: 2.0})
+    finally:
+        pool.close()
+    assert results[endless["id"]]["reason"] == "its process ended with code -9: it took longer than 2 s"
+    assert read_result(folder, endless) is None
 
 
 def _arms_of(process: subprocess.Popen) -> list[psutil.Process]:

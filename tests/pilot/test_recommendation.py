@@ -81,10 +81,12 @@ def test_doubts_name_what_went_wrong() -> None:
             },
         ],
         "is_routing_learnt": None,
+        "ran": {"other_budget": "The plan was made for a budget of 10 minutes"},
     }
     text = "\n".join(collect_doubts(told))
     for words in (
         "large failed: the loss became nan", "full was left out: no room", "small, 0.004, lies at the edge", "1 of 3 seeds",
         "One seed", "20 held-out rows", "2 train rows also stood", "0.50 times", "large is above the recommended small",
+        "made for a budget of 10",
     ):  # fmt: skip
         assert words in text, words

@@ -9,7 +9,7 @@ from hf_moe_ext.pilot.stages import Search, choose_finalists, make_spec, run_fin
 CANDIDATES = [BY_NAME[name] for name in ("perft-r", "lora-qv", "perft-s")]
 PLAN = Plan(
     tuple(c.name for c in CANDIDATES), {c.name: 80 for c in CANDIDATES}, {c.name: (1e-3, 2.5e-4, 4e-3) for c in CANDIDATES},
-    {}, 2, 3, 0.0, {},
+    {}, 2, 3, 0.0, {}, 20.0,
 )  # fmt: skip
 SETTINGS: dict[str, dict] = {c.name: {} for c in CANDIDATES}
 
