@@ -46,7 +46,9 @@ def run_pilot_command(
     finalists: Annotated[int, typer.Option(help="Most candidates that train with every seed.")] = 4,
     steps: Annotated[
         int | None,
-        typer.Option(help="Of a finalist. Fixes the plan: two runs have equal losses. [default: by the budget]"),
+        typer.Option(
+            help="Of a finalist. With --candidates it fixes the plan: two runs have equal losses. [default: by the budget]"
+        ),
     ] = None,
     min_steps: Annotated[int, typer.Option(help="Of the shortest arm.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 8,

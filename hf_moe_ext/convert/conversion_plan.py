@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,42 @@ def refuse_quantised(model: str | os.PathLike[str], config: Any, conversion: str
             f"{conversion}: {model} is quantised ({config.quantization_config.get('quant_method', 'quantization_config')!r}); "
             "convert the checkpoint in full precision it was made from, and quantise the result"
         )
+
+
+def refuse_other_tensors(
+    folder: Path,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    is_tied: bool,
+    owner: str,
+) -> None:
+    """Refuse a checkpoint that does not hold the tensors of its model, and no others.
+
+    Args:
+        folder: of the checkpoint.
+        found: shapes by name.
+        expected: shapes by name.
+        is_tied: whether the head may be absent, since it is the embedding.
+        owner: whose place for a tensor there is none in, for the message: "a stock olmoe model".
+
+    Raises:
+        ValueError: a missing, additional or mis-shaped tensor, by name.
+    """
+    optional = {"lm_head.weight"} if is_tied else set()
+    missing, more = sorted(set(expected) - set(found) - optional), sorted(set(found) - set(expected))
+    if missing:
+        raise ValueError(
+            f"checkpoint {folder} has no {missing[0]} ({len(missing)} tensors are missing); it is incomplete, or was saved "
+            "without its language-model head: download or save it again"
+        )
+    if more:
+        raise ValueError(
+            f"checkpoint {folder} holds {more[0]}, which {owner} has no place for; save the model by itself, with "
+            "save_pretrained"
+        )
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise ValueError(f"{name} is {shape} in {folder}, its config.json says {expected[name]}")
 
 
 def parse_layers(text: str) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_moe_ext.convert.checkpoint import CheckpointReader
-from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
+from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_other_tensors, refuse_quantised
 from hf_moe_ext.convert.expert_layout import stock_tensors
 from hf_moe_ext.convert.fold_plan import can_fold, refuse_adapter
 from hf_moe_ext.convert.stock_form import STOCK, find_extras, make_stock_config
@@ -63,21 +63,8 @@ class ExportPlan:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config))
             expected = self._shapes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
             found = self._shapes({name: reader.shape(name) for name in reader.names})
-        optional = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        missing, more = sorted(set(expected) - set(found) - optional), sorted(set(found) - set(expected))
-        if missing:
-            raise ValueError(
-                f"checkpoint {reader.folder} has no {missing[0]} ({len(missing)} tensors are missing); it is incomplete, "
-                "or was saved without its language-model head: download or save it again"
-            )
-        if more:
-            raise ValueError(
-                f"checkpoint {reader.folder} holds {more[0]}, which the model of its config.json has no place for; save the "
-                "model by itself, with save_pretrained"
-            )
-        for name, shape in found.items():
-            if shape != expected[name]:
-                raise ValueError(f"{name} is {shape} in {reader.folder}, its config.json says {expected[name]}")
+        is_tied = self.config.tie_word_embeddings
+        refuse_other_tensors(reader.folder, found, expected, is_tied, "the model of its config.json")
 
     def _shapes(self, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The same with ordinary experts one by one, as files may hold them or not; on the meta device."""

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_moe_ext.convert.checkpoint import CheckpointReader
-from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_quantised
+from hf_moe_ext.convert.conversion_plan import locate_checkpoint, read_config, refuse_other_tensors, refuse_quantised
 from hf_moe_ext.convert.expert_layout import stock_tensors
 from hf_moe_ext.convert.stock_form import make_stock_config, read_attention_factor
 from hf_moe_ext.models.configuration import DERS, STANDARD
@@ -79,21 +79,8 @@ class FoldPlan:
             model = AutoModelForCausalLM.from_config(self.config)
             expected = self._shapes({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
             found = self._shapes({name: reader.shape(name) for name in reader.names})
-        optional = {"lm_head.weight"} if self.config.tie_word_embeddings or self.untie else set()
-        missing, more = sorted(set(expected) - set(found) - optional), sorted(set(found) - set(expected))
-        if missing:
-            raise ValueError(
-                f"checkpoint {reader.folder} has no {missing[0]} ({len(missing)} tensors are missing); it is incomplete, "
-                "or was saved without its language-model head: download or save it again"
-            )
-        if more:
-            raise ValueError(
-                f"checkpoint {reader.folder} holds {more[0]}, which a stock {self.config.model_type} model has no place "
-                "for; save the model by itself, with save_pretrained"
-            )
-        for name, shape in found.items():
-            if shape != expected[name]:
-                raise ValueError(f"{name} is {shape} in {reader.folder}, its config.json says {expected[name]}")
+        is_tied = self.config.tie_word_embeddings or self.untie
+        refuse_other_tensors(reader.folder, found, expected, is_tied, f"a stock {self.config.model_type} model")
 
     def _shapes(self, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The same under the stock names; on the meta device."""
