@@ -1,7 +1,6 @@
 """A whole pilot: rows, trial steps, plan, rates, finalists, recommendation, report; each part kept as soon as it is there."""
 
 import math
-import os
 import platform
 import signal
 import time
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_moe_ext.environment import count_cores
 from hf_moe_ext.pilot import stages
 from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
 from hf_moe_ext.pilot.duration import Speed, estimate_seed
@@ -120,7 +120,7 @@ class _Pilot:
         return ProcessPool(self.folder, request.processes, self._threads(), limit_s)
 
     def _threads(self) -> int:
-        return self.request.threads or max(1, (os.cpu_count() or 1) // self.request.processes)
+        return self.request.threads or max(1, count_cores() // self.request.processes)
 
     def _deadline(self) -> float:
         return self.began + 60 * self.request.budget_minutes

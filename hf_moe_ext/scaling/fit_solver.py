@@ -7,11 +7,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from os import cpu_count
 from typing import Any
 
 import numpy as np
 
+from hf_moe_ext.environment import count_cores
 from hf_moe_ext.scaling.fit_forms import find_form
 from hf_moe_ext.scaling.law_form import START_GRID, Form, Prepared
 
@@ -59,7 +59,7 @@ class FitSettings:
 
     def count_processes(self, num_jobs: int) -> int:
         """Processes for so many starts."""
-        wanted = cpu_count() or 1 if self.num_processes is None else self.num_processes
+        wanted = count_cores() if self.num_processes is None else self.num_processes
         return max(1, min(wanted, num_jobs // 8 if self.num_processes is None else num_jobs))
 
 
