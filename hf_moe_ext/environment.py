@@ -30,11 +30,6 @@ TESTED = {
 _EXTRAS = (None, "recipes", "audit", "plan", "pilot", "search", "test", "programs", "dev")
 
 
-def count_cores() -> int:
-    """CPU cores that this process may use: a job of a scheduler, or under ``taskset``, has fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True)
 class PackageVersion:
     """One package.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_moe_ext.environment import count_cores
+from hf_moe_ext.cores import count_cores
 from hf_moe_ext.pilot import stages
 from hf_moe_ext.pilot.candidates import Candidate, choose_candidates
 from hf_moe_ext.pilot.duration import Speed, estimate_seed

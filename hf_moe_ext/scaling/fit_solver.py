@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_moe_ext.environment import count_cores
+from hf_moe_ext.cores import count_cores
 from hf_moe_ext.scaling.fit_forms import find_form
 from hf_moe_ext.scaling.law_form import START_GRID, Form, Prepared
 
